@@ -1,0 +1,53 @@
+# The verbs. Each sets up what it needs by itself; CI runs exactly these.
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := services router kernels loadtest tests
+
+.PHONY: setup run-setup demo up test test-full lint format proto bench-kv clean
+
+# Everything for development. The stamp makes it run once per change of its inputs.
+setup: $(VENV)/.setup
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@test -x $(PY) || python3 -m venv $(VENV)
+	@echo "installing the tested set of packages (first time: a few minutes)"
+	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker,dev]"
+	@touch $@ $(VENV)/.run-setup
+
+# What running needs and no more.
+run-setup: $(VENV)/.run-setup
+$(VENV)/.run-setup: pyproject.toml constraints.txt
+	@test -x $(PY) || python3 -m venv $(VENV)
+	@echo "installing what running needs (first time: a few minutes)"
+	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker]"
+	@touch $@
+
+demo: run-setup
+	@$(VENV)/bin/diptych demo
+
+up: run-setup
+	@exec $(VENV)/bin/diptych up
+
+test: setup
+	@$(PY) -m pytest -m "not full"
+
+# All 60 exactness prompts and the other full-size proofs (about an hour on two cores).
+test-full: setup
+	@$(PY) -m pytest
+
+lint: setup
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/ruff format --check $(SOURCES)
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(PY) -m services.wire.generate --check
+
+format: setup
+	@$(VENV)/bin/ruff check --fix $(SOURCES)
+	@$(VENV)/bin/ruff format $(SOURCES)
+
+proto: setup
+	@$(PY) -m services.wire.generate
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,132 @@
+"""Every error an operator or a client can meet, in one tree.
+
+    DiptychError
+    ├── BadRequest          the client's input is wrong; `param` names the field
+    │   └── UnknownModel    the client named a model that is not served
+    ├── Overloaded          no room now; try again after `retry_after_s`
+    ├── NoWorker            no live worker can take the request
+    ├── WorkerLost          a worker or the connection to it died
+    ├── KvSourceLost        the prefill side of a KV transfer died or refused
+    ├── KvCorrupt           a KV payload failed its checksum
+    ├── LeaseExpired        the KV was read after its lease had ended
+    ├── Incompatible        two workers disagree on model, layout or wire version
+    ├── DeadlineExceeded    the request's time is over
+    ├── RequestCancelled    the client is gone, or the gateway gave up
+    ├── ModelFileError      a model file is missing, truncated or unsupported
+    ├── ConfigError         a configuration value is unknown or wrong
+    └── EngineFailed        the engine process died or broke an invariant
+
+`FACTS` gives each leaf its HTTP status, gRPC code, whether another attempt may help, and its
+counter label. To add an error: add the class, and its row; a test proves that every leaf has one.
+"""
+
+from dataclasses import dataclass
+
+
+class DiptychError(Exception):
+    """An operating error. The message is written for the person who meets it."""
+
+    param: str | None = None
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class BadRequest(DiptychError):
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(BadRequest):
+    pass
+
+
+class Overloaded(DiptychError):
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorker(DiptychError):
+    retry_after_s = 1.0
+
+
+class WorkerLost(DiptychError):
+    pass
+
+
+class KvSourceLost(DiptychError):
+    pass
+
+
+class KvCorrupt(DiptychError):
+    pass
+
+
+class LeaseExpired(DiptychError):
+    pass
+
+
+class Incompatible(DiptychError):
+    pass
+
+
+class DeadlineExceeded(DiptychError):
+    pass
+
+
+class RequestCancelled(DiptychError):
+    pass
+
+
+class ModelFileError(DiptychError):
+    pass
+
+
+class ConfigError(DiptychError):
+    pass
+
+
+class EngineFailed(DiptychError):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the edges need to know about an error."""
+
+    http_status: int
+    grpc_code: str  # a name in grpc.StatusCode; this package does not know grpc
+    retryable: bool  # another attempt, elsewhere or later, may succeed
+    label: str  # the `error` label of counters and the `code` of wire messages
+
+
+FACTS: dict[type[DiptychError], Facts] = {
+    BadRequest: Facts(400, "INVALID_ARGUMENT", False, "bad_request"),
+    UnknownModel: Facts(404, "NOT_FOUND", False, "unknown_model"),
+    Overloaded: Facts(429, "RESOURCE_EXHAUSTED", True, "overloaded"),
+    NoWorker: Facts(503, "UNAVAILABLE", True, "no_worker"),
+    WorkerLost: Facts(503, "UNAVAILABLE", True, "worker_lost"),
+    KvSourceLost: Facts(503, "ABORTED", True, "kv_source_lost"),
+    KvCorrupt: Facts(503, "DATA_LOSS", True, "kv_corrupt"),
+    LeaseExpired: Facts(503, "ABORTED", True, "lease_expired"),
+    Incompatible: Facts(500, "FAILED_PRECONDITION", False, "incompatible"),
+    DeadlineExceeded: Facts(504, "DEADLINE_EXCEEDED", False, "deadline_exceeded"),
+    RequestCancelled: Facts(499, "CANCELLED", False, "cancelled"),
+    ModelFileError: Facts(500, "FAILED_PRECONDITION", False, "model_file"),
+    ConfigError: Facts(500, "FAILED_PRECONDITION", False, "config"),
+    EngineFailed: Facts(503, "INTERNAL", True, "engine_failed"),
+}
+
+BY_LABEL: dict[str, type[DiptychError]] = {facts.label: kind for kind, facts in FACTS.items()}
+
+
+def facts(error: DiptychError) -> Facts:
+    return FACTS[type(error)]
+
+
+def from_label(label: str, message: str) -> DiptychError:
+    """The error a peer reported by its label; an unknown label (a newer peer) is a WorkerLost."""
+    return BY_LABEL.get(label, WorkerLost)(message)

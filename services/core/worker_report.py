@@ -1,0 +1,51 @@
+"""What a worker tells the cluster about itself (the value that membership carries)."""
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from services.core.block_hash import Compatibility
+
+Role = Literal["prefill", "decode", "both"]
+State = Literal["starting", "ready", "draining"]
+
+
+class WorkerKey(NamedTuple):
+    """One incarnation of a worker. The epoch is a random 64-bit number, new at every start."""
+
+    worker_id: str
+    epoch: int
+
+
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: str
+    epoch: int
+    role: Role
+    state: State
+    address: str  # host:port of its gRPC services
+    metrics_url: str = ""
+    served_model: str  # the name clients use
+    compatibility: Compatibility
+    context_tokens_max: int  # prompt + output a single request may use here
+    blocks_total: int = 0
+    blocks_free: int = 0  # neither used nor cached
+    blocks_cached: int = 0  # reusable, evictable
+    running: int = 0  # sequences with blocks
+    waiting: int = 0  # sequences without blocks yet
+    queued_prefill_tokens: int = 0  # known but not computed, all sequences
+    prefill_ms_per_token: float = 0.0  # smoothed; 0 before the first sample
+    decode_step_ms: float = 0.0
+    prefix_hit_tokens: int = 0  # totals since start
+    prompt_tokens: int = 0
+
+    @property
+    def key(self) -> WorkerKey:
+        return WorkerKey(self.worker_id, self.epoch)
+
+    @property
+    def prefills(self) -> bool:
+        return self.role in ("prefill", "both")
+
+    @property
+    def decodes(self) -> bool:
+        return self.role in ("decode", "both")

@@ -1,0 +1,115 @@
+"""What a worker's I/O process and its engine process say to each other: two closed unions.
+
+The I/O process sends commands; the engine answers each turn with one Report. A sequence moves
+through the engine like this, by the kind it was submitted as:
+
+    local     Submit ── Admitted ── Advanced* ── Token+ (the last one has a finish) ── gone
+    prefill   Submit ── Admitted ── Advanced* ── Token  ── its blocks stay until Drop
+    receive   Submit ── Admitted ── Landed* ── Start(first token) ── Token+ ── gone
+
+Refused ends a sequence before Admitted. Revoked ends a `receive` sequence before Start: its
+reserved blocks were needed by running sequences. Drop ends any sequence at any time, silently;
+its blocks are free (or cached) once `dropped` reports it.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from services.core.sampling import FinishReason, SamplingParams
+
+Kind = Literal["local", "prefill", "receive"]
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    seq_id: str
+    kind: Kind
+    prompt_ids: list[int]
+    output_ids: list[int]  # delivered by earlier attempts
+    sampling: SamplingParams
+    salt: str = ""
+
+
+class Landed(msgspec.Struct, frozen=True, tag=True):
+    """The KV of all tokens before `tokens` is in the pool and its checksums held."""
+
+    seq_id: str
+    tokens: int
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """The lease is confirmed: decode from the token the prefill worker sampled."""
+
+    seq_id: str
+    token: int
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    seq_id: str
+
+
+Command = Submit | Landed | Start | Drop
+
+
+class Admitted(msgspec.Struct, frozen=True):
+    seq_id: str
+    block_ids: list[int]  # all blocks of the known tokens, in order
+    cached_tokens: int  # their leading part that was already computed
+    queue_ms: float
+
+
+class Refused(msgspec.Struct, frozen=True):
+    seq_id: str
+    code: str  # a label of core/errors.py
+    message: str
+
+
+class Advanced(msgspec.Struct, frozen=True):
+    """The KV of all tokens before `computed` is final and may be read."""
+
+    seq_id: str
+    computed: int
+
+
+class Token(msgspec.Struct, frozen=True):
+    seq_id: str
+    index: int  # position in the answer
+    token: int
+    finish: FinishReason | None
+
+
+class Gauges(msgspec.Struct, frozen=True):
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    running: int = 0
+    waiting: int = 0
+    queued_prefill_tokens: int = 0
+    prefill_ms_per_token: float = 0.0
+    decode_step_ms: float = 0.0
+    prompt_tokens: int = 0  # totals since start
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One run of the model."""
+
+    seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+
+
+class Report(msgspec.Struct, frozen=True):
+    """All that one turn of the engine brought."""
+
+    admitted: list[Admitted] = []
+    refused: list[Refused] = []
+    advanced: list[Advanced] = []
+    tokens: list[Token] = []
+    revoked: list[str] = []
+    dropped: list[str] = []
+    stored: list[bytes] = []  # block hashes that became reusable
+    evicted: list[bytes] = []  # and those that no longer are
+    gauges: Gauges = Gauges()
+    step: Step | None = None

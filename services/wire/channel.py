@@ -1,0 +1,63 @@
+"""gRPC channels, servers and errors, set up the same way everywhere.
+
+An error of our tree crosses the wire as its gRPC code plus the trailing metadata `diptych-error`
+(its label); `from_rpc_error` turns it back, and any other failure of a call into a WorkerLost.
+"""
+
+from typing import NoReturn
+
+import grpc
+import grpc.aio
+
+from services.core.errors import DiptychError, WorkerLost, facts, from_label
+
+ERROR_LABEL_KEY = "diptych-error"
+MESSAGE_BYTES_MAX = 64 << 20  # one block of a 400-layer float32 model is far below
+
+# Keepalive finds a peer that stopped answering within 2 s even when no call makes progress.
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+]
+# A restarted worker must be reachable within a moment, not after the default two minutes.
+_CHANNEL_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),  # channels to one address do not share a connection's fate
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A lazy connection to host:port."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def new_server() -> grpc.aio.Server:
+    return grpc.aio.server(options=_OPTIONS)
+
+
+async def abort(context: "grpc.aio.ServicerContext[object, object]", error: DiptychError) -> NoReturn:
+    """End the call with `error`."""
+    known = facts(error)
+    await context.abort(
+        getattr(grpc.StatusCode, known.grpc_code),
+        error.message,
+        trailing_metadata=((ERROR_LABEL_KEY, known.label),),
+    )
+    raise AssertionError("abort returned")
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> DiptychError:
+    """The error of our tree that a failed call to `peer` carries."""
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_LABEL_KEY:
+            return from_label(str(value), error.details() or "")
+    return WorkerLost(f"{peer}: {error.code().name}: {error.details()}")

@@ -1,0 +1,43 @@
+"""Between protobuf messages and the core vocabulary, both ways. Field names are the same."""
+
+from services.core.block_hash import Compatibility
+from services.core.errors import BadRequest
+from services.core.sampling import FinishReason, SamplingParams
+from services.wire.generated import transfer_pb2, worker_pb2
+
+_FINISH_TO_WIRE: dict[FinishReason | None, worker_pb2.FinishReason] = {
+    None: worker_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": worker_pb2.FINISH_REASON_STOP,
+    "length": worker_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_WIRE = {wire: finish for finish, wire in _FINISH_TO_WIRE.items()}
+
+
+def finish_to_wire(finish: FinishReason | None) -> worker_pb2.FinishReason:
+    return _FINISH_TO_WIRE[finish]
+
+
+def finish_from_wire(finish: worker_pb2.FinishReason) -> FinishReason | None:
+    return _FINISH_FROM_WIRE[finish]
+
+
+def sampling_to_wire(params: SamplingParams) -> worker_pb2.SamplingParams:
+    values = {name: getattr(params, name) for name in params.__struct_fields__}
+    return worker_pb2.SamplingParams(**values)
+
+
+def sampling_from_wire(wire: worker_pb2.SamplingParams) -> SamplingParams:
+    values = {name: getattr(wire, name) for name in SamplingParams.__struct_fields__}
+    values["end_token_ids"] = tuple(values["end_token_ids"])
+    params = SamplingParams(**values)
+    if params.max_tokens < 1:
+        raise BadRequest("sampling.max_tokens must be at least 1", "max_tokens")
+    return params
+
+
+def compatibility_to_wire(value: Compatibility) -> transfer_pb2.Compatibility:
+    return transfer_pb2.Compatibility(**{name: getattr(value, name) for name in value.__struct_fields__})
+
+
+def compatibility_from_wire(wire: transfer_pb2.Compatibility) -> Compatibility:
+    return Compatibility(**{name: getattr(wire, name) for name in Compatibility.__struct_fields__})
