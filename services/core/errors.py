@@ -6,6 +6,7 @@
     ├── Overloaded          no room now; try again after `retry_after_s`
     ├── NoWorker            no live worker can take the request
     ├── WorkerLost          a worker or the connection to it died
+    ├── StoreUnavailable    Redis does not answer; index and membership are blind for now
     ├── KvSourceLost        the prefill side of a KV transfer died or refused
     ├── KvCorrupt           a KV payload failed its checksum
     ├── LeaseExpired        the KV was read after its lease had ended
@@ -34,9 +35,10 @@ class DiptychError(Exception):
 
 
 class BadRequest(DiptychError):
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code  # OpenAI's, where its clients look for one, such as "context_length_exceeded"
 
 
 class UnknownModel(BadRequest):
@@ -54,6 +56,10 @@ class NoWorker(DiptychError):
 
 
 class WorkerLost(DiptychError):
+    pass
+
+
+class StoreUnavailable(DiptychError):
     pass
 
 
@@ -109,6 +115,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     Overloaded: Facts(429, "RESOURCE_EXHAUSTED", True, "overloaded"),
     NoWorker: Facts(503, "UNAVAILABLE", True, "no_worker"),
     WorkerLost: Facts(503, "UNAVAILABLE", True, "worker_lost"),
+    StoreUnavailable: Facts(503, "UNAVAILABLE", True, "store_unavailable"),
     KvSourceLost: Facts(503, "ABORTED", True, "kv_source_lost"),
     KvCorrupt: Facts(503, "DATA_LOSS", True, "kv_corrupt"),
     LeaseExpired: Facts(503, "ABORTED", True, "lease_expired"),

@@ -7,18 +7,45 @@ through the engine like this, by the kind it was submitted as:
     prefill   Submit ── Admitted ── Advanced* ── Token  ── its blocks stay until Drop
     receive   Submit ── Admitted ── Landed* ── Start(first token) ── Token+ ── gone
 
-Refused ends a sequence before Admitted. Revoked ends a `receive` sequence before Start: its
-reserved blocks were needed by running sequences. Drop ends any sequence at any time, silently;
-its blocks are free (or cached) once `dropped` reports it.
+Refused ends a sequence before Admitted. Drop ends any sequence at any time; its blocks are free (or
+cached) once `dropped` reports it. Revoked asks for the reservation of a `receive` sequence back,
+because running sequences need its blocks: they stay reserved until the Drop that answers it, since
+KV may still be on its way into them. A Start that crosses a Revoked wins: the sequence runs.
 """
 
 from typing import Literal
 
 import msgspec
 
+from services.core.block_hash import Compatibility
 from services.core.sampling import FinishReason, SamplingParams
+from services.model.pool_geometry import PoolGeometry
 
 Kind = Literal["local", "prefill", "receive"]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    sequences_max: int  # that hold blocks
+    waiting_max: int  # that do not yet; more are refused
+    chunk_tokens_max: int  # prompt tokens of one step
+    step_ms_target: float  # for steps in which decoding sequences wait for a prompt's chunk
+
+
+class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """The first message: all that the engine process needs to know."""
+
+    model: str  # path
+    device: str
+    threads: int
+    geometry: PoolGeometry
+    compatibility: Compatibility
+    limits: Limits
+
+
+class EngineReady(msgspec.Struct, frozen=True):
+    """The engine's answer to the setup: it has loaded the model, or `error` says why not."""
+
+    error: str = ""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -78,6 +105,10 @@ class Token(msgspec.Struct, frozen=True):
     finish: FinishReason | None
 
 
+class Revoked(msgspec.Struct, frozen=True):
+    seq_id: str
+
+
 class Gauges(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     blocks_free: int = 0
@@ -107,7 +138,7 @@ class Report(msgspec.Struct, frozen=True):
     refused: list[Refused] = []
     advanced: list[Advanced] = []
     tokens: list[Token] = []
-    revoked: list[str] = []
+    revoked: list[Revoked] = []
     dropped: list[str] = []
     stored: list[bytes] = []  # block hashes that became reusable
     evicted: list[bytes] = []  # and those that no longer are

@@ -4,12 +4,12 @@ An error of our tree crosses the wire as its gRPC code plus the trailing metadat
 (its label); `from_rpc_error` turns it back, and any other failure of a call into a WorkerLost.
 """
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from services.core.errors import DiptychError, WorkerLost, facts, from_label
+from services.core.errors import ConfigError, DiptychError, WorkerLost, facts, from_label
 
 ERROR_LABEL_KEY = "diptych-error"
 MESSAGE_BYTES_MAX = 64 << 20  # one block of a 400-layer float32 model is far below
@@ -44,7 +44,15 @@ def new_server() -> grpc.aio.Server:
     return grpc.aio.server(options=_OPTIONS)
 
 
-async def abort(context: "grpc.aio.ServicerContext[object, object]", error: DiptychError) -> NoReturn:
+def listen(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Bind `server`; the port, also when 0 asked for a free one. Raises ConfigError if it is taken."""
+    try:
+        return server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError:
+        raise ConfigError(f"cannot listen on {host}:{port}: is the port in use?") from None
+
+
+async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: DiptychError) -> NoReturn:
     """End the call with `error`."""
     known = facts(error)
     await context.abort(

@@ -21,6 +21,10 @@ def finish_from_wire(finish: worker_pb2.FinishReason) -> FinishReason | None:
     return _FINISH_FROM_WIRE[finish]
 
 
+def sampled_to_wire(index: int, token: int, finish: FinishReason | None) -> worker_pb2.SampledToken:
+    return worker_pb2.SampledToken(index=index, token=token, finish=finish_to_wire(finish))
+
+
 def sampling_to_wire(params: SamplingParams) -> worker_pb2.SamplingParams:
     values = {name: getattr(params, name) for name in params.__struct_fields__}
     return worker_pb2.SamplingParams(**values)
@@ -41,3 +45,8 @@ def compatibility_to_wire(value: Compatibility) -> transfer_pb2.Compatibility:
 
 def compatibility_from_wire(wire: transfer_pb2.Compatibility) -> Compatibility:
     return Compatibility(**{name: getattr(wire, name) for name in Compatibility.__struct_fields__})
+
+
+def attempt_id(request_id: str, attempt: int) -> str:
+    """One attempt of one request: the name of its sequence on every worker and of its transfer."""
+    return f"{request_id}/{attempt}"

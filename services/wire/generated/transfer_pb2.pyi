@@ -37,18 +37,20 @@ class PullRequest(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., first_token: _Optional[int] = ..., epoch: _Optional[int] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ...) -> None: ...
 
 class KvChunk(_message.Message):
-    __slots__ = ("first_token", "tokens", "payload", "crc32c", "first")
+    __slots__ = ("first_token", "tokens", "payload", "crc32c", "first", "exposed_ms")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CRC32C_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     first_token: int
     tokens: int
     payload: bytes
     crc32c: int
     first: _worker_pb2.SampledToken
-    def __init__(self, first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., first: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ...) -> None: ...
+    exposed_ms: float
+    def __init__(self, first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., first: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ..., exposed_ms: _Optional[float] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("transfer_id", "epoch")

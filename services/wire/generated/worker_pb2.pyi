@@ -155,13 +155,15 @@ class DecodeEvent(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., started: _Optional[_Union[DecodeStarted, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., failure: _Optional[_Union[WorkerFailure, _Mapping]] = ...) -> None: ...
 
 class DecodeStarted(_message.Message):
-    __slots__ = ("cached_tokens", "transferred_bytes", "transfer_ms", "exposed_ms")
+    __slots__ = ("cached_tokens", "transferred_bytes", "transfer_ms", "exposed_ms", "queue_ms")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
     transferred_bytes: int
     transfer_ms: float
     exposed_ms: float
-    def __init__(self, cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., exposed_ms: _Optional[float] = ...) -> None: ...
+    queue_ms: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., exposed_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,102 @@
+"""Where a request goes: a pure function of a snapshot, explained by the offers it compared.
+
+The cost of a pair is a sum of a part on P and a part on D, so the best pair is found without trying
+all: take the best P and the best D; only when they are one worker must either be replaced.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from router.cost import CostModel
+from router.state import Offer, Route, RouteOptions, RouteRequest, WorkerView
+
+Choice = tuple[Offer, ...]
+
+
+def route(
+    request: RouteRequest,
+    cached_tokens: Mapping[str, int],
+    workers: Sequence[WorkerView],
+    options: RouteOptions,
+    rng: random.Random,
+) -> Route | None:
+    """The cheapest way to serve `request`, or None when no worker can.
+
+    `cached_tokens` maps worker ids to the prompt's leading tokens in their caches (absent: 0). A
+    request for one token goes to a prefill worker only, unless the split is "never". Workers without
+    room for the prompt are taken only when all lack it.
+    """
+    usable = [worker for worker in workers if worker.ready and worker.id not in request.excluded]
+    costs = CostModel.of(request, cached_tokens, usable, options)
+    prefills = [] if options.split == "never" else _roomy([w for w in usable if w.prefills], request)
+    decodes = _roomy([w for w in usable if w.decodes], request)
+    prefill_offers = [costs.prefill(worker) for worker in prefills]
+    if request.max_tokens == 1 and prefill_offers:
+        return Route((_cheapest(prefill_offers, options, rng),), tuple(prefill_offers))
+    decode_offers = [costs.decode(worker) for worker in decodes]
+    pairs = _pairs(prefill_offers, decode_offers, options, rng)
+    alone_offers = [costs.alone(worker) for worker in decodes if not pairs or _may_be_alone(worker, costs)]
+    choices = pairs + ([(_cheapest(alone_offers, options, rng),)] if alone_offers else [])
+    if not choices:
+        return None
+    considered = (prefill_offers + decode_offers if pairs else []) + alone_offers
+    return Route(_draw(choices, options, rng), tuple(considered))
+
+
+def _may_be_alone(worker: WorkerView, costs: CostModel) -> bool:
+    """Whether `worker` alone competes with the pairs there are."""
+    options = costs.options
+    return options.split == "auto" and costs.uncached(worker) <= options.local_prefill_tokens_max
+
+
+def _roomy(workers: list[WorkerView], request: RouteRequest) -> list[WorkerView]:
+    """Those that have blocks for the prompt and one to grow into, or all if none has."""
+    with_room = [w for w in workers if w.blocks_available > -(-request.prompt_tokens // w.block_size)]
+    return with_room or workers
+
+
+def _pairs(
+    prefills: Sequence[Offer], decodes: Sequence[Offer], options: RouteOptions, rng: random.Random
+) -> list[Choice]:
+    """The best pair of each group of compatible workers that has one."""
+    groups = sorted({offer.worker.compatibility for offer in prefills})
+    pairs: list[Choice] = []
+    for group in groups:
+        pairs += _best_pair(
+            [offer for offer in prefills if offer.worker.compatibility == group],
+            [offer for offer in decodes if offer.worker.compatibility == group],
+            options,
+            rng,
+        )
+    return pairs
+
+
+def _best_pair(
+    prefills: Sequence[Offer], decodes: Sequence[Offer], options: RouteOptions, rng: random.Random
+) -> list[Choice]:
+    """The cheapest pair of two different workers, or none.
+
+    One of its halves is the cheapest of its kind, so choosing either half first and comparing the
+    two results finds it.
+    """
+    pairs: list[Choice] = []
+    if prefills:
+        prefill = _cheapest(prefills, options, rng)
+        others = [offer for offer in decodes if offer.worker.id != prefill.worker.id]
+        pairs += [(prefill, _cheapest(others, options, rng))] if others else []
+    if decodes:
+        decode = _cheapest(decodes, options, rng)
+        others = [offer for offer in prefills if offer.worker.id != decode.worker.id]
+        pairs += [(_cheapest(others, options, rng), decode)] if others else []
+    return [_draw(pairs, options, rng)] if pairs else []
+
+
+def _cheapest(offers: Sequence[Offer], options: RouteOptions, rng: random.Random) -> Offer:
+    return _draw([(offer,) for offer in offers], options, rng)[0]
+
+
+def _draw(choices: Sequence[Choice], options: RouteOptions, rng: random.Random) -> Choice:
+    """One of the choices whose cost is within a near tie of the least."""
+    costs = [sum(offer.cost_ms for offer in choice) for choice in choices]
+    limit = min(costs) * (1 + options.near_tie)
+    return rng.choice([choice for choice, cost in zip(choices, costs, strict=True) if cost <= limit])

@@ -1,0 +1,226 @@
+"""The brain of a worker: a synchronous object that turns commands and steps into reports.
+
+    handle(command)*  ->  step()  ->  take_report()
+
+It holds the sequences, asks the scheduler what to run, runs it, commits the results. It knows no
+process, socket or thread: `services.engine.process` drives it in production, tests call it directly.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from services.core.block_hash import Compatibility, chain_root
+from services.core.clock import Clock
+from services.core.errors import FACTS, DiptychError, Overloaded
+from services.engine.block_pool import BlockPool
+from services.engine.messages import (
+    Admitted,
+    Advanced,
+    Command,
+    Drop,
+    Gauges,
+    Landed,
+    Limits,
+    Refused,
+    Report,
+    Revoked,
+    Start,
+    Step,
+    Submit,
+    Token,
+)
+from services.engine.runner import ModelRunner, Row
+from services.engine.scheduler import Chunk, Scheduler
+from services.engine.sequence import Sequence, State
+from services.engine.step_times import StepTimes
+
+_RESERVED = (State.RECEIVING, State.REVOKED)
+
+
+class Engine:
+    def __init__(
+        self, runner: ModelRunner, compatibility: Compatibility, blocks: int, limits: Limits, clock: Clock
+    ) -> None:
+        self._runner = runner
+        self._clock = clock
+        self._pool = BlockPool(blocks, compatibility.block_size)
+        self._scheduler = Scheduler(self._pool, limits)
+        self._sequences: dict[str, Sequence] = {}
+        self._times = StepTimes()
+        self._root: Callable[[str], bytes] = lru_cache(1024)(lambda salt: chain_root(compatibility, salt))
+        self._prompt_tokens = 0
+        self._prefix_hit_tokens = 0
+        self._step: Step | None = None
+        self._clear_report()
+
+    @property
+    def has_report(self) -> bool:
+        return bool(
+            self._admitted or self._refused or self._advanced or self._tokens
+            or self._revoked or self._dropped or self._step
+        )  # fmt: skip
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case Submit():
+                self._submit(command)
+            case Landed():
+                self._landed(command)
+            case Start():
+                self._start(command)
+            case Drop():
+                self._drop(command)
+
+    def step(self) -> bool:
+        """Admit, schedule, run, commit. False: there was nothing to run."""
+        for sequence in self._scheduler.admit_waiting():
+            self._report_admitted(sequence)
+        chunks = self._scheduler.schedule(self._times.prefill_ms_per_token)
+        self._collect_revoked()
+        if not chunks:
+            return False
+        started_s = self._clock.now()
+        sampled = self._runner.run([_row(chunk) for chunk in chunks])
+        self._measure(chunks, self._clock.now() - started_s)
+        for chunk, token in zip(chunks, sampled, strict=True):
+            self._commit(chunk, token)
+        return True
+
+    def take_report(self) -> Report:
+        """Everything since the last call."""
+        stored, evicted = self._pool.take_changes()
+        report = Report(
+            admitted=self._admitted,
+            refused=self._refused,
+            advanced=self._advanced,
+            tokens=self._tokens,
+            revoked=self._revoked,
+            dropped=self._dropped,
+            stored=stored,
+            evicted=evicted,
+            gauges=self._gauges(),
+            step=self._step,
+        )
+        self._clear_report()
+        return report
+
+    def check_integrity(self) -> None:
+        """Prove that every block has exactly one kind of owner; for idle moments and tests."""
+        self._pool.check_integrity(sequence.blocks for sequence in self._sequences.values())
+
+    # Commands
+
+    def _submit(self, submit: Submit) -> None:
+        assert submit.seq_id not in self._sequences, f"sequence {submit.seq_id} submitted twice"
+        sequence = Sequence(submit, self._root(submit.salt), self._clock.now())
+        if refusal := self._refusal(sequence):
+            self._refused.append(Refused(submit.seq_id, FACTS[type(refusal)].label, refusal.message))
+            return
+        self._sequences[submit.seq_id] = sequence
+        if sequence.state is State.RECEIVING:
+            self._report_admitted(sequence)
+        else:
+            self._scheduler.waiting.append(sequence)
+
+    def _refusal(self, sequence: Sequence) -> DiptychError | None:
+        """Why the sequence cannot be taken; None takes it (a reservation with its blocks)."""
+        if sequence.kind == "receive":
+            # A reservation never waits here: its prefill would wait with it. Those who wait go first.
+            if self._scheduler.waiting or not self._scheduler.admit(sequence):
+                return Overloaded("the decode worker has no free KV blocks for this prompt now")
+        elif self._scheduler.full:
+            return Overloaded("the worker's queue is full")
+        return None
+
+    def _landed(self, command: Landed) -> None:
+        if sequence := self._sequences.get(command.seq_id):
+            assert sequence.state in _RESERVED, "KV landed for a sequence that expects none"
+            sequence.computed = max(sequence.computed, command.tokens)
+
+    def _start(self, command: Start) -> None:
+        sequence = self._sequences.get(command.seq_id)
+        if sequence is None:
+            return  # dropped while the command was on its way
+        assert sequence.state in _RESERVED, "started twice"
+        assert sequence.computed == sequence.known, "started before all KV had landed"
+        sequence.seal(self._pool)
+        sequence.append(command.token)
+        sequence.state = State.RUNNING
+
+    def _drop(self, command: Drop) -> None:
+        if sequence := self._sequences.pop(command.seq_id, None):
+            self._scheduler.remove(sequence)
+        self._dropped.append(command.seq_id)
+
+    # Results of a step
+
+    def _commit(self, chunk: Chunk, token: int | None) -> None:
+        sequence = chunk.sequence
+        sequence.computed += chunk.tokens
+        sequence.seal(self._pool)
+        if sequence.kind == "prefill":
+            self._advanced.append(Advanced(sequence.seq_id, sequence.computed))
+        if token is None:
+            return
+        finish = sequence.append(token)
+        self._tokens.append(Token(sequence.seq_id, len(sequence.output_ids) - 1, token, finish))
+        if sequence.kind == "prefill":
+            sequence.state = State.HELD
+        elif finish:
+            del self._sequences[sequence.seq_id]
+            self._scheduler.remove(sequence)
+
+    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
+        decode_tokens = sum(chunk.sequence.decoding for chunk in chunks)
+        prefill_tokens = sum(chunk.tokens for chunk in chunks) - decode_tokens
+        self._times.add(seconds * 1e3, prefill_tokens, decode_tokens)
+        self._step = Step(seconds, prefill_tokens, decode_tokens)
+
+    # The report
+
+    def _report_admitted(self, sequence: Sequence) -> None:
+        if sequence.reported:  # it comes back from a preemption
+            return
+        sequence.reported = True
+        self._prompt_tokens += sequence.known
+        self._prefix_hit_tokens += sequence.computed
+        queue_ms = (self._clock.now() - sequence.arrived_s) * 1e3
+        self._admitted.append(Admitted(sequence.seq_id, list(sequence.blocks), sequence.computed, queue_ms))
+
+    def _collect_revoked(self) -> None:
+        self._revoked.extend(Revoked(sequence.seq_id) for sequence in self._scheduler.revoked)
+        self._scheduler.revoked.clear()
+
+    def _clear_report(self) -> None:
+        self._admitted: list[Admitted] = []
+        self._refused: list[Refused] = []
+        self._advanced: list[Advanced] = []
+        self._tokens: list[Token] = []
+        self._revoked: list[Revoked] = []
+        self._dropped: list[str] = []
+        self._step = None
+
+    def _gauges(self) -> Gauges:
+        sequences = self._scheduler.sequences()
+        return Gauges(
+            blocks_total=self._pool.blocks,
+            blocks_free=self._pool.free,
+            blocks_cached=self._pool.cached,
+            running=len(self._scheduler.admitted),
+            waiting=len(self._scheduler.waiting),
+            queued_prefill_tokens=sum(
+                s.remaining for s in sequences if s.state in (State.WAITING, State.RUNNING) and not s.decoding
+            ),
+            prefill_ms_per_token=self._times.prefill_ms_per_token,
+            decode_step_ms=self._times.decode_step_ms,
+            prompt_tokens=self._prompt_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            preemptions=self._scheduler.preemptions,
+        )
+
+
+def _row(chunk: Chunk) -> Row:
+    sequence = chunk.sequence
+    end = sequence.computed + chunk.tokens
+    sample = sequence.sample() if end == sequence.known else None
+    return Row(sequence.tokens[sequence.computed : end], sequence.computed, sequence.blocks, sample)

@@ -1,0 +1,144 @@
+"""Which sequences run in the next step, and with how many tokens.
+
+One budget, no phases. Decoding sequences come first, one token each. What is left of the step goes
+to sequences with uncomputed tokens, oldest first, at least one block each step if any waits. When a
+decoding sequence needs a block and none is available, room is made in this order: cached blocks
+(the pool evicts them by itself), the newest reservation (asked back: its blocks come with a later
+command, since KV may still be landing in them), the newest preemptible sequence.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from services.engine.block_pool import BlockPool
+from services.engine.messages import Limits
+from services.engine.sequence import Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`tokens` tokens of a sequence to compute next."""
+
+    sequence: Sequence
+    tokens: int
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        self._pool = pool
+        self._limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.admitted: list[Sequence] = []  # hold blocks; oldest first
+        self.revoked: list[Sequence] = []  # reservations asked back since the engine last looked
+        self.preemptions = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.waiting) >= self._limits.waiting_max
+
+    def sequences(self) -> list[Sequence]:
+        return [*self.admitted, *self.waiting]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence and free its blocks."""
+        owner = self.waiting if sequence.state is State.WAITING else self.admitted
+        owner.remove(sequence)
+        sequence.surrender(self._pool)
+
+    def admit_waiting(self) -> list[Sequence]:
+        """Give waiting sequences their blocks, in order of arrival, while there is room."""
+        admitted: list[Sequence] = []
+        while self.waiting and self.admit(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+        return admitted
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Allocate blocks for all known tokens, reusing the cached prefix. False: no room now."""
+        if len(self.admitted) >= self._limits.sequences_max:
+            return False
+        size = self._pool.block_size
+        # A sequence that computes here must compute at least its last token, to get logits.
+        usable = sequence.known if sequence.kind == "receive" else sequence.known - 1
+        matched = self._pool.match(sequence.hashes(size)[: usable // size])
+        needed = self._pool.blocks_for(sequence.known) - len(matched)
+        if not self._pool.can_allocate(needed + self._growth_reserve(), keep=matched):
+            return False
+        self._pool.acquire(matched)
+        sequence.adopt(matched, self._pool.allocate(needed), size)
+        sequence.state = State.RECEIVING if sequence.kind == "receive" else State.RUNNING
+        self.admitted.append(sequence)
+        return True
+
+    def schedule(self, prefill_ms_per_token: float) -> list[Chunk]:
+        """The next step's work. Blocks for all of it are allocated when this returns."""
+        decoding = [Chunk(sequence, 1) for sequence in self._grown_decoding()]
+        budget = self._prefill_budget(prefill_ms_per_token if decoding else 0.0)
+        return decoding + self._prefill_chunks(budget)
+
+    def _prefill_chunks(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in self.admitted:
+            if sequence.state is not State.RUNNING or sequence.decoding or budget <= 0:
+                continue
+            tokens = min(sequence.remaining, budget)
+            chunks.append(Chunk(sequence, tokens))
+            budget -= tokens
+        return chunks
+
+    def _prefill_budget(self, ms_per_token: float) -> int:
+        """Prompt tokens for one step; `ms_per_token` above 0 keeps it near the target length."""
+        budget = self._limits.chunk_tokens_max
+        if ms_per_token > 0:
+            budget = min(budget, int(self._limits.step_ms_target / ms_per_token))
+        size = self._pool.block_size
+        return max(budget // size, 1) * size
+
+    def _growth_reserve(self) -> int:
+        """Blocks that sequences already here will want soon: one each."""
+        return sum(sequence.state is not State.HELD for sequence in self.admitted)
+
+    def _grown_decoding(self) -> list[Sequence]:
+        """Decoding sequences that have a slot for their next token, after making room."""
+        decoding = [s for s in self.admitted if s.state is State.RUNNING and s.decoding]
+        return [sequence for sequence in decoding if self._grow(sequence) and sequence.state is State.RUNNING]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make sure of a slot for the newest token. False: not in this step."""
+        if sequence.state is not State.RUNNING:
+            return False  # preempted for an older sequence just now
+        if sequence.known <= len(sequence.blocks) * self._pool.block_size:
+            return True
+        while not self._pool.can_allocate(1):
+            if self._revoke_newest():
+                return False  # its blocks come back with the Drop that answers the revocation
+            victim = self._newest_preemptible()
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks.extend(self._pool.allocate(1))
+        return True
+
+    def _revoke_newest(self) -> bool:
+        """Ask a reservation back, unless one is on its way back already. False: there is none."""
+        if any(sequence.state is State.REVOKED for sequence in self.admitted):
+            return True
+        for sequence in reversed(self.admitted):
+            if sequence.state is State.RECEIVING:
+                sequence.state = State.REVOKED
+                self.revoked.append(sequence)
+                return True
+        return False
+
+    def _newest_preemptible(self) -> Sequence:
+        """There is one: the decoding sequence that asks is itself preemptible."""
+        return next(sequence for sequence in reversed(self.admitted) if sequence.preemptible)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue. Its sealed blocks stay cached; only what is evicted
+        meanwhile is computed again."""
+        self.admitted.remove(sequence)
+        sequence.surrender(self._pool)
+        sequence.state = State.WAITING
+        sequence.kind = "local"
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1

@@ -1,0 +1,110 @@
+"""One sequence on a worker: its tokens, how far they are computed, and the blocks that hold their KV.
+
+    known      prompt + answer so far; the last token of a running answer is known but not computed
+    computed   leading tokens whose KV is in the blocks
+    sealed     leading blocks that have their hash
+
+                 sealed blocks        computed        known
+    tokens   |───────────────────|───────────────|──────|
+    blocks   |███████████████████|███████████░░░░|          ░ allocated, no token yet
+
+Each step moves `computed` towards the number of known tokens; there is no other notion of phase.
+"""
+
+from collections.abc import Sequence as Ids
+from enum import Enum, auto
+
+from services.core.block_hash import block_hash
+from services.core.sampling import FinishReason, SamplingParams
+from services.engine.block_pool import BlockPool
+from services.engine.messages import Kind, Submit
+from services.engine.runner import Sample
+
+
+class State(Enum):
+    """local:    WAITING -> RUNNING (-> WAITING when preempted)
+    prefill:  WAITING -> RUNNING -> HELD
+    receive:  WAITING -> RECEIVING (-> REVOKED) -> RUNNING, then as local"""
+
+    WAITING = auto()  # owns no block
+    RECEIVING = auto()  # its blocks are reserved, KV is on its way
+    REVOKED = auto()  # its reservation was asked back; the blocks stay until it is dropped
+    RUNNING = auto()
+    HELD = auto()  # computed; the blocks stay for a reader until dropped
+
+
+class Sequence:
+    def __init__(self, submit: Submit, root: bytes, arrived_s: float) -> None:
+        self.seq_id = submit.seq_id
+        self.kind: Kind = submit.kind
+        self.params: SamplingParams = submit.sampling
+        self.prompt_ids = submit.prompt_ids
+        self.output_ids = list(submit.output_ids)
+        self.tokens = [*submit.prompt_ids, *submit.output_ids]
+        self.arrived_s = arrived_s
+        self.state = State.WAITING
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.reported = False  # its admission was reported
+        self._root = root
+        self._hashes: list[bytes] = []
+        self._sealed = 0
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that still have to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Only its newest token is left to compute: it yields one token a step."""
+        return self.remaining == 1 and bool(self.output_ids)
+
+    @property
+    def preemptible(self) -> bool:
+        """Nobody outside the engine reads or writes its blocks."""
+        return self.state is State.RUNNING and self.kind != "prefill"
+
+    def hashes(self, block_size: int) -> list[bytes]:
+        """The chain over all full blocks of the known tokens."""
+        for index in range(len(self._hashes), len(self.tokens) // block_size):
+            parent = self._hashes[-1] if self._hashes else self._root
+            self._hashes.append(
+                block_hash(parent, self.tokens[index * block_size : (index + 1) * block_size])
+            )
+        return self._hashes
+
+    def sample(self) -> Sample:
+        return Sample(self.params, self.prompt_ids, self.output_ids)
+
+    def append(self, token: int) -> FinishReason | None:
+        """Add a sampled token; why the answer ends with it, or None."""
+        self.tokens.append(token)
+        self.output_ids.append(token)
+        return self.params.finish(token, len(self.output_ids))
+
+    def seal(self, pool: BlockPool) -> None:
+        """Give every block that is full of computed tokens its hash."""
+        full = self.computed // pool.block_size
+        if full > self._sealed:
+            hashes = self.hashes(pool.block_size)
+            for index in range(self._sealed, full):
+                pool.seal(self.blocks[index], hashes[index])
+            self._sealed = full
+
+    def adopt(self, matched: Ids[int], fresh: Ids[int], block_size: int) -> None:
+        """Take `matched` (already computed) and `fresh` blocks as the block table."""
+        self.blocks = [*matched, *fresh]
+        self.computed = len(matched) * block_size
+        self._sealed = len(matched)
+
+    def surrender(self, pool: BlockPool) -> None:
+        """Give all blocks back; what was sealed stays in the cache."""
+        pool.release(self.blocks)
+        self.blocks = []
+        self.computed = 0
+        self._sealed = 0

@@ -1,0 +1,39 @@
+"""From a Sequence message of the wire to a Submit for the engine. What passes here cannot break a step."""
+
+from dataclasses import dataclass
+
+from services.core.errors import BadRequest
+from services.engine.messages import Kind, Submit
+from services.wire.convert import attempt_id, sampling_from_wire
+from services.wire.generated import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBounds:
+    vocab_size: int
+    context_tokens_max: int  # prompt + answer
+
+    def submission(self, sequence: worker_pb2.Sequence, kind: Kind) -> Submit:
+        """Raises BadRequest for token ids outside the vocabulary or more tokens than fit."""
+        submit = Submit(
+            seq_id=attempt_id(sequence.request_id, sequence.attempt),
+            kind=kind,
+            prompt_ids=list(sequence.prompt_ids),
+            output_ids=list(sequence.output_ids),
+            sampling=sampling_from_wire(sequence.sampling),
+            salt=sequence.salt,
+        )
+        self._check(submit)
+        return submit
+
+    def _check(self, submit: Submit) -> None:
+        tokens = submit.prompt_ids + submit.output_ids
+        if not submit.prompt_ids:
+            raise BadRequest("prompt_ids is empty", "prompt_ids")
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise BadRequest(f"token ids must be in 0..{self.vocab_size - 1}", "prompt_ids")
+        if len(submit.output_ids) >= submit.sampling.max_tokens:
+            raise BadRequest("output_ids already has max_tokens tokens", "output_ids")
+        needed = len(submit.prompt_ids) + submit.sampling.max_tokens
+        if needed > self.context_tokens_max:
+            raise BadRequest(f"{needed} tokens exceed the worker's {self.context_tokens_max}", "max_tokens")

@@ -1,0 +1,47 @@
+"""Text <-> token ids, and messages -> prompt text, for one model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+from services.core.errors import BadRequest
+from services.model.chat_template import ChatTemplate
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with what a server must know besides: end tokens and chat template."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, end_token_ids: frozenset[int], chat_template: ChatTemplate
+    ) -> None:
+        backend.no_truncation()  # tokenizer.json may carry the limits of the model's training
+        backend.no_padding()
+        self.backend = backend  # for streaming decoders, which keep a state per answer
+        self.end_token_ids = end_token_ids  # the model ends its answer with one of these; may be empty
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._chat_template = chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Special tokens written out in `text` become their ids. A rendered chat has its own BOS, so
+        it is encoded with `add_special_tokens=False`. Raises BadRequest for half of a surrogate pair.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # what the Rust side says of a str that has no UTF-8 form
+            raise BadRequest("The text holds half of a surrogate pair. Send valid Unicode.") from error
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Ids beyond the vocabulary, which a padded embedding can sample, decode to nothing."""
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text for `messages`; `variables` (such as `tools`) are passed to the template.
+
+        Raises BadRequest(param="messages") if the model has no template or it refuses the messages.
+        """
+        return self._chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, variables=variables
+        )

@@ -1,0 +1,103 @@
+"""The Prefill service: computes prompts, answers with the first token, leases the KV to a puller.
+
+One Run is one sequence of kind `prefill` and one lease. The engine's events move the lease forward;
+Run waits for the first token, a Pull (`services.transfer.server`) streams the blocks meanwhile.
+"""
+
+import asyncio
+
+import grpc.aio
+
+from services.core.clock import Clock
+from services.core.errors import BadRequest, DiptychError, RequestCancelled, WorkerLost, from_label
+from services.engine.handle import EngineHandle, Event
+from services.engine.incarnation import Incarnation
+from services.engine.messages import Admitted, Advanced, Refused, Revoked, Submit, Token
+from services.engine.submission import SequenceBounds
+from services.transfer.lease import Lease, LeaseTable
+from services.transfer.protocol import FirstToken
+from services.wire.channel import abort
+from services.wire.convert import sampled_to_wire
+from services.wire.generated import worker_pb2, worker_pb2_grpc
+
+
+class PrefillService(worker_pb2_grpc.PrefillServicer):
+    def __init__(
+        self,
+        engine: EngineHandle,
+        leases: LeaseTable,
+        incarnation: Incarnation,
+        bounds: SequenceBounds,
+        clock: Clock,
+        pull_wait_s: float,
+    ) -> None:
+        self._engine = engine
+        self._leases = leases
+        self._incarnation = incarnation
+        self._bounds = bounds
+        self._clock = clock
+        self._pull_wait_s = pull_wait_s
+
+    async def Run(
+        self,
+        request: worker_pb2.PrefillRequest,
+        context: "grpc.aio.ServicerContext[worker_pb2.PrefillRequest, worker_pb2.PrefillReply]",
+    ) -> worker_pb2.PrefillReply:
+        try:
+            return await self._run(request)
+        except DiptychError as error:
+            await abort(context, error)
+
+    async def _run(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
+        self._incarnation.check(request.epoch)
+        submit = self._bounds.submission(request.sequence, "prefill")
+        if self._leases.knows(submit.seq_id):
+            raise BadRequest(f"attempt {submit.seq_id} is running already", "attempt")
+        lease = self._leases.open(submit.seq_id, len(submit.prompt_ids) + len(submit.output_ids))
+        try:
+            with self._leases.hold(lease):
+                first, compute_ms = await self._compute(submit, lease, request.expect_pull)
+        except DiptychError as error:
+            self._leases.fail(lease, error)
+            raise
+        except asyncio.CancelledError:
+            self._leases.fail(lease, RequestCancelled("the gateway cancelled the prefill"))
+            raise
+        if not request.expect_pull:
+            self._leases.release(lease.transfer_id)
+        return worker_pb2.PrefillReply(
+            first=sampled_to_wire(first.index, first.token, first.finish),
+            cached_tokens=lease.cached_tokens,
+            queue_ms=lease.queue_ms,
+            compute_ms=compute_ms,
+        )
+
+    async def _compute(self, submit: Submit, lease: Lease, expect_pull: bool) -> tuple[FirstToken, float]:
+        """The first token, and the time from the sequence's admission to it."""
+        if expect_pull:
+            await self._wait_for_pull(lease)
+        submitted_s = self._clock.now()
+        self._engine.submit(submit, lambda event: self._on_event(lease, event))
+        await lease.until(lambda: lease.first is not None)
+        assert lease.first is not None
+        return lease.first, (lease.first_at_s - submitted_s) * 1e3 - lease.queue_ms
+
+    async def _wait_for_pull(self, lease: Lease) -> None:
+        """No block is allocated before the pull proves that the decode worker has room."""
+        try:
+            await asyncio.wait_for(lease.until(lambda: lease.pulled), self._pull_wait_s)
+        except TimeoutError:
+            raise WorkerLost(f"no decode worker pulled within {self._pull_wait_s:g} s") from None
+
+    def _on_event(self, lease: Lease, event: Event) -> None:
+        match event:
+            case Admitted():
+                lease.admitted(event.block_ids, event.cached_tokens, event.queue_ms)
+            case Advanced():
+                lease.advanced(event.computed)
+            case Token():
+                lease.finished(FirstToken(event.index, event.token, event.finish), self._clock.now())
+            case Refused():
+                self._leases.fail(lease, from_label(event.code, event.message))
+            case Revoked():
+                raise AssertionError("a prefill sequence cannot be revoked")

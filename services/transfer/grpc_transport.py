@@ -1,0 +1,129 @@
+"""KV over gRPC: payloads inside the messages, each with its CRC32C. Works over plain TCP everywhere."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import google_crc32c
+import grpc.aio
+
+from services.core.block_hash import Compatibility
+from services.core.errors import DiptychError, KvCorrupt, KvSourceLost, WorkerLost
+from services.transfer.protocol import FirstToken, KvChunk, KvSource
+from services.transfer.server import KvServer
+from services.wire.channel import abort, from_rpc_error, open_channel
+from services.wire.convert import (
+    compatibility_from_wire,
+    compatibility_to_wire,
+    finish_from_wire,
+    sampled_to_wire,
+)
+from services.wire.generated import transfer_pb2, transfer_pb2_grpc
+
+_RELEASE_DEADLINE_S = 1.0
+_CHANNELS_MAX = 256  # workers this one has pulled from; the oldest connection is closed beyond that
+
+
+class GrpcKvTransport:
+    """The puller's side."""
+
+    def __init__(self, compatibility: Compatibility) -> None:
+        self._compatibility = compatibility_to_wire(compatibility)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def pull(
+        self, source: KvSource, transfer_id: str, first_token: int
+    ) -> AsyncGenerator[KvChunk, None]:
+        request = transfer_pb2.PullRequest(
+            transfer_id=transfer_id,
+            first_token=first_token,
+            epoch=source.epoch,
+            compatibility=self._compatibility,
+        )
+        call = (await self._stub(source)).Pull(request)
+        try:
+            async for message in call:
+                yield _chunk_from_wire(message, source)
+        except grpc.aio.AioRpcError as error:
+            raise _source_error(error, source) from None
+        finally:
+            call.cancel()
+
+    async def release(self, source: KvSource, transfer_id: str) -> bool:
+        request = transfer_pb2.ReleaseRequest(transfer_id=transfer_id, epoch=source.epoch)
+        try:
+            reply = await (await self._stub(source)).Release(request, timeout=_RELEASE_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            raise _source_error(error, source) from None
+        return bool(reply.valid)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _stub(self, source: KvSource) -> "transfer_pb2_grpc.KvTransferStub":
+        if source.address not in self._channels:
+            if len(self._channels) >= _CHANNELS_MAX:
+                await self._channels.pop(next(iter(self._channels))).close()
+            self._channels[source.address] = open_channel(source.address)
+        return transfer_pb2_grpc.KvTransferStub(self._channels[source.address])
+
+
+class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
+    """The source's side: a KvServer behind gRPC."""
+
+    def __init__(self, server: KvServer) -> None:
+        self._server = server
+
+    async def Pull(
+        self,
+        request: transfer_pb2.PullRequest,
+        context: "grpc.aio.ServicerContext[transfer_pb2.PullRequest, transfer_pb2.KvChunk]",
+    ) -> AsyncIterator[transfer_pb2.KvChunk]:
+        chunks = self._server.pull(
+            request.transfer_id,
+            request.first_token,
+            request.epoch,
+            compatibility_from_wire(request.compatibility),
+        )
+        try:
+            async for chunk in chunks:
+                yield _chunk_to_wire(chunk)
+        except DiptychError as error:
+            await abort(context, error)
+        finally:
+            await chunks.aclose()
+
+    async def Release(
+        self,
+        request: transfer_pb2.ReleaseRequest,
+        context: "grpc.aio.ServicerContext[transfer_pb2.ReleaseRequest, transfer_pb2.ReleaseReply]",
+    ) -> transfer_pb2.ReleaseReply:
+        return transfer_pb2.ReleaseReply(valid=self._server.release(request.transfer_id, request.epoch))
+
+
+def _chunk_to_wire(chunk: KvChunk) -> transfer_pb2.KvChunk:
+    message = transfer_pb2.KvChunk(
+        first_token=chunk.first_token,
+        tokens=chunk.tokens,
+        payload=chunk.payload,
+        crc32c=google_crc32c.value(chunk.payload),
+        exposed_ms=chunk.exposed_ms,
+    )
+    if first := chunk.first:
+        message.first.CopyFrom(sampled_to_wire(first.index, first.token, first.finish))
+    return message
+
+
+def _chunk_from_wire(message: transfer_pb2.KvChunk, source: KvSource) -> KvChunk:
+    payload = message.payload
+    if google_crc32c.value(payload) != message.crc32c:
+        raise KvCorrupt(f"KV from {source.worker_id} failed its checksum at token {message.first_token}")
+    first = None
+    if message.HasField("first"):
+        sampled = message.first
+        first = FirstToken(sampled.index, sampled.token, finish_from_wire(sampled.finish))
+    return KvChunk(message.first_token, message.tokens, payload, first, message.exposed_ms)
+
+
+def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError:
+    known = from_rpc_error(error, source.worker_id)
+    return KvSourceLost(known.message) if isinstance(known, WorkerLost) else known

@@ -1,0 +1,167 @@
+"""Leases: the right of one transfer to read one sequence's blocks on the prefill worker.
+
+A lease is open from the prefill's start until exactly one of
+
+    released   the puller has read everything and says so: the only end that makes the KV valid
+    expired    nobody held it for the time to live
+    failed     the prefill was cancelled or broke
+
+While a Run or Pull call is open it holds the lease, which then cannot expire. The table lives in the
+worker's event loop: expiry and "valid" are decided there, one after the other, and only afterwards
+does `on_end` let the engine reuse the blocks. Whoever asks about an ended lease hears "not valid".
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from services.core.clock import Clock
+from services.core.errors import DiptychError, KvSourceLost, WorkerLost
+from services.transfer.protocol import FirstToken
+
+LeaseEnd = Literal["released", "expired", "failed"]
+
+
+class Lease:
+    """One transfer's view of its prefill: what may be read, and what came out."""
+
+    def __init__(self, transfer_id: str, tokens: int) -> None:
+        self.transfer_id = transfer_id
+        self.tokens = tokens  # of the prompt (with what earlier attempts delivered)
+        self.block_ids: list[int] = []
+        self.computed = 0  # the KV of all tokens before this may be read
+        self.cached_tokens = 0
+        self.queue_ms = 0.0
+        self.first: FirstToken | None = None
+        self.first_at_s = 0.0
+        self.error: DiptychError | None = None
+        self.holders = 0
+        self.expires_at_s = 0.0  # means something only while nobody holds it
+        self.pulled = False
+        self._changed = asyncio.Event()
+
+    def admitted(self, block_ids: list[int], cached_tokens: int, queue_ms: float) -> None:
+        self.block_ids = block_ids
+        self.cached_tokens = self.computed = cached_tokens
+        self.queue_ms = queue_ms
+        self._notify()
+
+    def advanced(self, computed: int) -> None:
+        self.computed = computed
+        self._notify()
+
+    def finished(self, first: FirstToken, at_s: float) -> None:
+        self.first = first
+        self.first_at_s = at_s
+        self._notify()
+
+    def failed(self, error: DiptychError) -> None:
+        self.error = self.error or error
+        self._notify()
+
+    def opened_by_puller(self) -> None:
+        self.pulled = True
+        self._notify()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a change that makes `condition` true. Raises the lease's error if it fails first."""
+        while not condition():
+            if self.error:
+                raise self.error
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        """Wake everyone who waits now; later waiters wait for the next change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class LeaseTable:
+    def __init__(self, clock: Clock, ttl_s: float, on_end: Callable[[str, LeaseEnd], None]) -> None:
+        """`on_end(transfer_id, how)` is called once for every lease, when its blocks may be reused."""
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._on_end = on_end
+        self._leases: dict[str, Lease] = {}
+        self._parked: dict[str, list[asyncio.Future[Lease]]] = {}
+
+    @property
+    def open_leases(self) -> int:
+        return len(self._leases)
+
+    def open(self, transfer_id: str, tokens: int) -> Lease:
+        assert transfer_id not in self._leases, f"transfer {transfer_id} opened twice"
+        lease = self._leases[transfer_id] = Lease(transfer_id, tokens)
+        lease.expires_at_s = self._clock.now() + self._ttl_s
+        for waiter in self._parked.pop(transfer_id, []):
+            if not waiter.done():
+                waiter.set_result(lease)
+        return lease
+
+    def knows(self, transfer_id: str) -> bool:
+        return transfer_id in self._leases
+
+    async def find(self, transfer_id: str, wait_s: float) -> Lease:
+        """The lease of a transfer. A pull that comes before its prefill is parked for `wait_s`."""
+        if lease := self._leases.get(transfer_id):
+            return lease
+        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self._parked.setdefault(transfer_id, []).append(waiter)
+        try:
+            return await asyncio.wait_for(waiter, wait_s)
+        except TimeoutError:
+            raise KvSourceLost(f"no prefill for transfer {transfer_id} came within {wait_s:g} s") from None
+        finally:
+            self._unpark(transfer_id, waiter)
+
+    @contextmanager
+    def hold(self, lease: Lease) -> Iterator[None]:
+        """Keep the lease from expiring while a call works with it."""
+        lease.holders += 1
+        try:
+            yield
+        finally:
+            lease.holders -= 1
+            lease.expires_at_s = self._clock.now() + self._ttl_s
+
+    def release(self, transfer_id: str) -> bool:
+        """The puller is done. True: the lease was held until this moment."""
+        lease = self._leases.get(transfer_id)
+        if lease is None:
+            return False
+        if self._is_due(lease):
+            self._end(lease, "expired")
+            return False
+        self._end(lease, "released")
+        return True
+
+    def fail(self, lease: Lease, error: DiptychError) -> None:
+        """The prefill broke: wake everyone with `error` and free the blocks. Harmless if it has ended."""
+        lease.failed(error)
+        if lease.transfer_id in self._leases:
+            self._end(lease, "failed")
+
+    def expire_due(self) -> None:
+        for lease in [lease for lease in self._leases.values() if self._is_due(lease)]:
+            self._end(lease, "expired")
+            lease.failed(WorkerLost(f"the lease of transfer {lease.transfer_id} expired"))
+
+    async def expire_forever(self) -> None:
+        while True:
+            await self._clock.sleep(self._ttl_s / 4)
+            self.expire_due()
+
+    def _is_due(self, lease: Lease) -> bool:
+        return lease.holders == 0 and self._clock.now() >= lease.expires_at_s
+
+    def _end(self, lease: Lease, how: LeaseEnd) -> None:
+        del self._leases[lease.transfer_id]
+        self._on_end(lease.transfer_id, how)
+
+    def _unpark(self, transfer_id: str, waiter: asyncio.Future[Lease]) -> None:
+        waiters = self._parked.get(transfer_id, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters:
+            self._parked.pop(transfer_id, None)

@@ -1,0 +1,84 @@
+"""The prefill worker's side of a transfer, free of any transport: streams a lease's KV as it grows."""
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+
+from services.core.block_hash import Compatibility
+from services.core.clock import Clock
+from services.core.errors import BadRequest, Incompatible, KvSourceLost
+from services.transfer.lease import Lease, LeaseTable
+from services.transfer.pool_memory import PoolMemory
+from services.transfer.protocol import KvChunk
+
+# Measured on loopback gRPC: messages of about 1 MiB carry the most bytes per second.
+CHUNK_BYTES = 1 << 20
+
+
+class KvServer:
+    def __init__(
+        self,
+        leases: LeaseTable,
+        memory: PoolMemory,
+        compatibility: Compatibility,
+        epoch: int,
+        clock: Clock,
+        pull_wait_s: float,
+        on_sent: Callable[[int], None] = lambda sent_bytes: None,
+    ) -> None:
+        self._leases = leases
+        self._memory = memory
+        self._compatibility = compatibility
+        self._epoch = epoch
+        self._clock = clock
+        self._pull_wait_s = pull_wait_s
+        self._on_sent = on_sent
+        self._blocks_per_chunk = max(CHUNK_BYTES // memory.block_bytes, 1)
+
+    async def pull(
+        self, transfer_id: str, first_token: int, epoch: int, theirs: Compatibility
+    ) -> AsyncGenerator[KvChunk, None]:
+        """Whole blocks as soon as they are computed, the partial one with the end of the prefill."""
+        self._check(epoch, theirs, first_token)
+        lease = await self._leases.find(transfer_id, self._pull_wait_s)
+        with self._leases.hold(lease):
+            lease.opened_by_puller()
+            position = first_token
+            while lease.first is None or position < lease.tokens:
+                await self._more_than(position, lease)
+                for chunk in self._chunks(lease, position, self._readable(lease)):
+                    if lease.error:  # the prefill was cancelled while the last chunk was on its way
+                        raise lease.error
+                    yield chunk
+                    position += chunk.tokens
+                    self._on_sent(len(chunk.payload))
+            exposed_ms = (self._clock.now() - lease.first_at_s) * 1e3
+            yield KvChunk(position, 0, b"", lease.first, exposed_ms)
+
+    def release(self, transfer_id: str, epoch: int) -> bool:
+        return epoch == self._epoch and self._leases.release(transfer_id)
+
+    def _check(self, epoch: int, theirs: Compatibility, first_token: int) -> None:
+        if epoch != self._epoch:
+            raise KvSourceLost("the prefill worker has restarted since the request was routed")
+        if differences := self._compatibility.differences(theirs):
+            raise Incompatible("prefill and decode worker differ in " + "; ".join(differences))
+        if first_token % self._memory.block_size:
+            raise BadRequest("first_token must be a multiple of the block size", "first_token")
+
+    async def _more_than(self, position: int, lease: Lease) -> None:
+        """Wait for KV beyond `position`, or for the prefill's end."""
+        await lease.until(lambda: lease.first is not None or self._readable(lease) > position)
+
+    def _readable(self, lease: Lease) -> int:
+        """Tokens whose KV may travel: whole blocks, and the last partial one when all is computed."""
+        if lease.first is not None:
+            return lease.tokens
+        return lease.computed // self._memory.block_size * self._memory.block_size
+
+    def _chunks(self, lease: Lease, start: int, end: int) -> Iterator[KvChunk]:
+        """Reads lazily: a block is copied when its chunk is about to be sent."""
+        size = self._memory.block_size
+        step = self._blocks_per_chunk * size
+        for position in range(start, end, step):
+            stop = min(position + step, end)
+            blocks = lease.block_ids[position // size : -(-stop // size)]
+            yield KvChunk(position, stop - position, self._memory.read(blocks))

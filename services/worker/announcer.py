@@ -1,0 +1,63 @@
+"""Tells membership about this worker: at once when something changed, and at least every 250 ms."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from services.core.errors import StoreUnavailable
+from services.core.worker_report import WorkerKey, WorkerReport
+from services.membership.protocol import Membership
+
+PERIOD_S = 0.25
+_PERIOD_MIN_S = 0.02  # changes come with every step; more reports than this tell nobody more
+
+logger = logging.getLogger(__name__)
+
+
+class Announcer:
+    def __init__(self, membership: Membership, worker: WorkerKey, report: Callable[[], WorkerReport]) -> None:
+        self._membership = membership
+        self._worker = worker
+        self._report = report
+        self._changed = asyncio.Event()
+        self._away = False
+        self.turned_at_s = time.monotonic()  # the event loop was alive then
+
+    def changed(self) -> None:
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Announce until cancelled, then leave."""
+        try:
+            while True:
+                self._changed.clear()
+                await self.announce()
+                await asyncio.sleep(_PERIOD_MIN_S)
+                await self._wait_for_change()
+                self.turned_at_s = time.monotonic()
+        finally:
+            await self._leave()
+
+    async def announce(self) -> None:
+        try:
+            await self._membership.announce(self._report())
+        except StoreUnavailable as error:
+            if not self._away:
+                logger.warning("membership is away, announcing again when it is back: %s", error)
+            self._away = True
+        else:
+            if self._away:
+                logger.info("membership is back")
+            self._away = False
+
+    async def _wait_for_change(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), PERIOD_S - _PERIOD_MIN_S)
+
+    async def _leave(self) -> None:
+        try:
+            await self._membership.leave(self._worker)
+        except StoreUnavailable:
+            logger.warning("membership is away: this worker's lease will expire by itself")

@@ -1,0 +1,55 @@
+"""Settings of one worker process."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from services.core.worker_report import Role
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    role: Role = field(default="both", metadata={"help": "what this worker does: prefill, decode or both"})
+    worker_id: str = field(
+        default="", metadata={"help": "name in the cluster (default: role and a random suffix)"}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
+    port: int = field(default=0, metadata={"help": "gRPC port (0: a free one)"})
+    advertise_host: str = field(
+        default="", metadata={"help": "address that others reach this worker by (default: --host)"}
+    )
+    metrics_port: int = field(default=0, metadata={"help": "port of /metrics and /health (0: a free one)"})
+    redis: str = field(default="", metadata={"help": "URL of the Redis that the cluster shares"})
+    model: str = field(
+        default="", metadata={"help": "GGUF file or Hugging Face folder (default: the default model)"}
+    )
+    served_model_name: str = field(
+        default="", metadata={"help": "name that clients use (default: from the file)"}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "type of weights, activations and KV"}
+    )
+    device: str = field(default="cpu", metadata={"help": "torch device"})
+    threads: int = field(default=0, metadata={"help": "compute threads (0: all cores this process may use)"})
+    block_size: int = field(default=16, metadata={"help": "tokens in a KV block"})
+    kv_gib: float = field(default=1.0, metadata={"help": "memory for the KV pool, in GiB"})
+    blocks: int = field(default=0, metadata={"help": "KV blocks in the pool (0: as many as --kv-gib holds)"})
+    sequences_max: int = field(default=64, metadata={"help": "sequences that hold blocks at the same time"})
+    waiting_max: int = field(
+        default=64, metadata={"help": "sequences that may wait for blocks; more are refused"}
+    )
+    chunk_tokens_max: int = field(
+        default=128, metadata={"help": "prompt tokens that one step computes at most"}
+    )
+    step_ms_target: float = field(
+        default=100.0,
+        metadata={"help": "length of a step that mixes decoding with prompt chunks, in milliseconds"},
+    )
+    lease_ttl_s: float = field(
+        default=5.0, metadata={"help": "life of a KV lease after its calls have closed"}
+    )
+    pull_wait_s: float = field(
+        default=5.0, metadata={"help": "how long prefill and pull wait for each other"}
+    )
+    drain_grace_s: float = field(
+        default=10.0, metadata={"help": "how long running sequences may finish after SIGTERM"}
+    )

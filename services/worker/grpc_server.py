@@ -1,0 +1,95 @@
+"""The gRPC server of a worker, with the services that its role turns on."""
+
+from services.core.clock import Clock
+from services.decode.sequence import DecodeParts
+from services.decode.service import DecodeService
+from services.engine.handle import EngineHandle
+from services.engine.incarnation import Incarnation
+from services.engine.submission import SequenceBounds
+from services.prefill.service import PrefillService
+from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
+from services.transfer.lease import LeaseEnd, LeaseTable
+from services.transfer.pool_memory import PoolMemory
+from services.transfer.server import KvServer
+from services.wire.channel import listen, new_server
+from services.wire.generated import transfer_pb2_grpc, worker_pb2_grpc
+from services.worker.config import WorkerConfig
+from services.worker.identity import WorkerIdentity
+from services.worker.metrics import WorkerMetrics
+
+
+class WorkerServer:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        identity: WorkerIdentity,
+        engine: EngineHandle,
+        incarnation: Incarnation,
+        metrics: WorkerMetrics,
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._engine = engine
+        self._incarnation = incarnation
+        self._metrics = metrics
+        self._clock = clock
+        self._memory = PoolMemory(identity.geometry, engine.pool)
+        self._bounds = SequenceBounds(identity.files.config.vocab_size, identity.context_tokens_max)
+        self._transport = GrpcKvTransport(identity.compatibility)
+        self._server = new_server()
+        self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended)
+        metrics.watch("diptych_worker_leases", "Open KV leases", lambda: self.leases.open_leases)
+
+    @property
+    def address(self) -> str:
+        """host:port that other parts of the cluster reach this worker by; valid after `start`."""
+        return f"{self._config.advertise_host or self._config.host}:{self._port}"
+
+    async def start(self) -> None:
+        """Raises ConfigError if the port is taken."""
+        if self._config.role in ("prefill", "both"):
+            self._add_prefill()
+        if self._config.role in ("decode", "both"):
+            self._add_decode()
+        self._port = listen(self._server, self._config.host, self._config.port)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Cut what still runs: draining is over."""
+        await self._server.stop(grace=0)
+        await self._transport.close()
+
+    def _add_prefill(self) -> None:
+        config, epoch = self._config, self._identity.key.epoch
+        service = PrefillService(
+            self._engine, self.leases, self._incarnation, self._bounds, self._clock, config.pull_wait_s
+        )
+        kv = KvServer(
+            self.leases,
+            self._memory,
+            self._identity.compatibility,
+            epoch,
+            self._clock,
+            config.pull_wait_s,
+            self._metrics.on_sent,
+        )
+        worker_pb2_grpc.add_PrefillServicer_to_server(service, self._server)
+        transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(kv), self._server)
+
+    def _add_decode(self) -> None:
+        parts = DecodeParts(
+            self._engine,
+            self._transport,
+            self._memory,
+            self._clock,
+            self._metrics.on_received,
+            self._metrics.on_failed,
+        )
+        service = DecodeService(parts, self._incarnation, self._bounds)
+        worker_pb2_grpc.add_DecodeServicer_to_server(service, self._server)
+
+    def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
+        """The only way leased blocks come back to the engine."""
+        self._engine.drop(transfer_id)
+        self._metrics.on_lease_end(how)

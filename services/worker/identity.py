@@ -1,0 +1,78 @@
+"""What a worker is before it runs: its model, its KV pool's shape, its name and incarnation."""
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.core.block_hash import Compatibility
+from services.core.errors import ConfigError
+from services.core.worker_report import WorkerKey
+from services.model.files import ModelFiles, open_model
+from services.model.pool_geometry import PoolGeometry
+from services.model.pull import ensure_default_model
+from services.worker.config import WorkerConfig
+
+_BLOCK_SIZE_MAX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    key: WorkerKey
+    files: ModelFiles
+    served_model: str
+    geometry: PoolGeometry
+    compatibility: Compatibility
+    context_tokens_max: int
+    threads: int
+
+
+def identify(config: WorkerConfig) -> WorkerIdentity:
+    """Read the model's header and size the pool. Raises ModelFileError or ConfigError."""
+    _check(config)
+    files = open_model(Path(config.model) if config.model else ensure_default_model())
+    geometry = _pool_geometry(config, files)
+    served_model = config.served_model_name or files.name
+    return WorkerIdentity(
+        key=WorkerKey(config.worker_id or f"{config.role}-{secrets.token_hex(3)}", secrets.randbits(63)),
+        files=files,
+        served_model=served_model,
+        geometry=geometry,
+        compatibility=Compatibility(
+            model=served_model,
+            revision=files.revision(),
+            kv_dtype=config.dtype,
+            block_size=config.block_size,
+            layout=geometry.layout,
+        ),
+        context_tokens_max=min(files.config.context_tokens_max, geometry.blocks * config.block_size),
+        threads=config.threads or len(os.sched_getaffinity(0)),
+    )
+
+
+def _pool_geometry(config: WorkerConfig, files: ModelFiles) -> PoolGeometry:
+    one = files.config.pool_geometry(1, config.block_size, config.dtype)
+    blocks = config.blocks or int(config.kv_gib * 2**30) // one.block_bytes
+    if blocks < 1:
+        raise ConfigError(f"--kv-gib {config.kv_gib} holds no KV block: one takes {one.block_bytes} bytes")
+    return files.config.pool_geometry(blocks, config.block_size, config.dtype)
+
+
+def _check(config: WorkerConfig) -> None:
+    if not config.redis:
+        raise ConfigError(
+            "--redis is needed: the URL of the Redis that the cluster shares (`diptych up` starts one)"
+        )
+    if not 1 <= config.block_size <= _BLOCK_SIZE_MAX:
+        raise ConfigError(f"--block-size must be 1 to {_BLOCK_SIZE_MAX}, not {config.block_size}")
+    positive = (
+        "sequences_max",
+        "waiting_max",
+        "chunk_tokens_max",
+        "step_ms_target",
+        "lease_ttl_s",
+        "pull_wait_s",
+    )
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0")

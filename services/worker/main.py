@@ -1,0 +1,174 @@
+"""One worker process: an engine, the services its role turns on, and what the cluster hears of it.
+
+identify ── engine process ── gRPC services ── index, membership ── until SIGTERM ── drain
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from contextlib import suppress
+
+from services.core.clock import SystemClock
+from services.core.errors import EngineFailed
+from services.core.log import setup_logging
+from services.core.worker_report import WorkerReport
+from services.engine.handle import EngineHandle
+from services.engine.incarnation import Incarnation
+from services.engine.messages import EngineSetup, Limits, Report
+from services.index.redis_index import RedisPrefixIndex
+from services.membership.redis_membership import RedisMembership
+from services.worker.announcer import Announcer
+from services.worker.config import WorkerConfig
+from services.worker.grpc_server import WorkerServer
+from services.worker.http import StatusServer
+from services.worker.identity import WorkerIdentity, identify
+from services.worker.metrics import WorkerMetrics
+from services.worker.publisher import IndexPublisher
+
+_LIVE_S = 10.0  # an event loop that has not turned for this long is stuck
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: WorkerConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises ModelFileError, ConfigError or EngineFailed."""
+    setup_logging("worker")
+    identity = identify(config)
+    asyncio.run(Worker(config, identity).serve())
+
+
+class Worker:
+    def __init__(self, config: WorkerConfig, identity: WorkerIdentity) -> None:
+        self._config = config
+        self._identity = identity
+        self._clock = SystemClock()
+        self._incarnation = Incarnation(identity.key)
+        self._metrics = WorkerMetrics()
+        self._engine = EngineHandle(config.sequences_max + config.waiting_max, self._on_report)
+        self._index = RedisPrefixIndex(config.redis)
+        self._membership = RedisMembership(config.redis)
+        self._publisher = IndexPublisher(self._index, identity.key, self._clock)
+        self._announcer = Announcer(self._membership, identity.key, self._report)
+
+    async def serve(self) -> None:
+        """The whole life of the process."""
+        stop = _stop_event()
+        await self._engine.start(self._engine_setup())
+        self._server = WorkerServer(
+            self._config, self._identity, self._engine, self._incarnation, self._metrics, self._clock
+        )
+        await self._server.start()
+        self._status = StatusServer(
+            self._config.host,
+            self._config.metrics_port,
+            self._metrics.registry,
+            {"/health/live": self._is_live, "/health": self._is_live, "/health/ready": self._is_ready},
+        )
+        try:
+            await self._work(stop)
+        finally:
+            await self._close()
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        """Serve until asked to stop, then drain. Raises EngineFailed if the engine dies."""
+        background = [
+            asyncio.create_task(task, name=name)
+            for name, task in (
+                ("announce", self._announcer.run()),
+                ("publish", self._publisher.run()),
+                ("leases", self._server.leases.expire_forever()),
+            )
+        ]
+        ending = [asyncio.create_task(stop.wait()), asyncio.create_task(self._engine.failed.wait())]
+        logger.info("ready on %s", self._server.address, extra={"worker_id": self._identity.key.worker_id})
+        try:
+            await asyncio.wait([*background, *ending], return_when=asyncio.FIRST_COMPLETED)
+            _raise_first_failure(background)
+            if self._engine.failed.is_set():
+                raise EngineFailed("the engine process died; restart the worker")
+            await self._drain()
+        finally:
+            for task in (*background, *ending):
+                task.cancel()
+            await asyncio.gather(*background, *ending, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        """No new work; what runs may finish within the grace period."""
+        self._incarnation.draining = True
+        self._announcer.changed()
+        logger.info("draining %d sequences", self._engine.sequences)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._engine.idle.wait(), self._config.drain_grace_s)
+
+    async def _close(self) -> None:
+        await self._server.stop()
+        await self._engine.stop()
+        self._status.close()
+        await self._index.close()
+        await self._membership.close()
+
+    def _engine_setup(self) -> EngineSetup:
+        config, identity = self._config, self._identity
+        return EngineSetup(
+            model=str(identity.files.path),
+            device=config.device,
+            threads=identity.threads,
+            geometry=identity.geometry,
+            compatibility=identity.compatibility,
+            limits=Limits(
+                sequences_max=config.sequences_max,
+                waiting_max=config.waiting_max,
+                chunk_tokens_max=config.chunk_tokens_max,
+                step_ms_target=config.step_ms_target,
+            ),
+        )
+
+    def _on_report(self, report: Report) -> None:
+        self._metrics.on_report(report)
+        self._publisher.record(report.stored, report.evicted)
+        self._announcer.changed()
+
+    def _report(self) -> WorkerReport:
+        identity, gauges = self._identity, self._engine.gauges
+        return WorkerReport(
+            worker_id=identity.key.worker_id,
+            epoch=identity.key.epoch,
+            role=self._config.role,
+            state="draining" if self._incarnation.draining else "ready",
+            address=self._server.address,
+            metrics_url=f"http://{self._config.host}:{self._status.port}/metrics",
+            served_model=identity.served_model,
+            compatibility=identity.compatibility,
+            context_tokens_max=identity.context_tokens_max,
+            blocks_total=identity.geometry.blocks,
+            blocks_free=gauges.blocks_free if gauges.blocks_total else identity.geometry.blocks,
+            blocks_cached=gauges.blocks_cached,
+            running=gauges.running,
+            waiting=gauges.waiting,
+            queued_prefill_tokens=gauges.queued_prefill_tokens,
+            prefill_ms_per_token=gauges.prefill_ms_per_token,
+            decode_step_ms=gauges.decode_step_ms,
+            prefix_hit_tokens=gauges.prefix_hit_tokens,
+            prompt_tokens=gauges.prompt_tokens,
+        )
+
+    def _is_live(self) -> bool:
+        return time.monotonic() - self._announcer.turned_at_s < _LIVE_S
+
+    def _is_ready(self) -> bool:
+        return self._is_live() and not self._incarnation.draining and not self._engine.failed.is_set()
+
+
+def _stop_event() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def _raise_first_failure(tasks: list["asyncio.Task[None]"]) -> None:
+    for task in tasks:
+        if task.done():
+            task.result()

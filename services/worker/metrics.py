@@ -1,0 +1,108 @@
+"""What a worker shows Prometheus. One registry per object, so that tests can make several."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.core.errors import DiptychError, facts
+from services.engine.messages import Gauges, Report
+from services.transfer.lease import LeaseEnd
+from services.transfer.receive import Received
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+class WorkerMetrics:
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._engine = _EngineSeries(registry)
+        self._transfer = _TransferSeries(registry)
+        self._failures = Counter(
+            "diptych_worker_failures", "Sequences failed, by error", ["error"], registry=registry
+        )
+
+    def on_report(self, report: Report) -> None:
+        self._engine.observe(report)
+        for refused in report.refused:
+            self._failures.labels(refused.code).inc()
+
+    def on_received(self, received: Received) -> None:
+        self._transfer.bytes.labels("received").inc(received.bytes)
+        self._transfer.seconds.observe(received.transfer_ms / 1e3)
+        self._transfer.exposed_seconds.observe(received.exposed_ms / 1e3)
+
+    def on_sent(self, sent_bytes: int) -> None:
+        self._transfer.bytes.labels("sent").inc(sent_bytes)
+
+    def on_lease_end(self, how: LeaseEnd) -> None:
+        self._transfer.leases_ended.labels(how).inc()
+
+    def on_failed(self, error: DiptychError) -> None:
+        self._failures.labels(facts(error).label).inc()
+
+    def watch(self, name: str, help_text: str, value: Callable[[], float]) -> None:
+        """A gauge that is read when it is asked for."""
+        Gauge(name, help_text, registry=self.registry).set_function(value)
+
+
+class _EngineSeries:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._last = Gauges()
+        self._blocks = Gauge("diptych_worker_blocks", "KV blocks by state", ["state"], registry=registry)
+        self._sequences = Gauge(
+            "diptych_worker_sequences", "Sequences by state", ["state"], registry=registry
+        )
+        self._queued = Gauge(
+            "diptych_worker_queued_prefill_tokens", "Tokens known but not computed", registry=registry
+        )
+        self._step_seconds = Histogram(
+            "diptych_worker_step_seconds", "One run of the model", buckets=_SECONDS, registry=registry
+        )
+        self._batch = Histogram(
+            "diptych_worker_batch_tokens", "Tokens in a step", ["kind"], buckets=_TOKENS, registry=registry
+        )
+        self._prompt = Counter("diptych_worker_prompt_tokens", "Prompt tokens admitted", registry=registry)
+        self._hits = Counter(
+            "diptych_worker_prefix_hit_tokens", "Prompt tokens found in the prefix cache", registry=registry
+        )
+        self._preemptions = Counter("diptych_worker_preemptions", "Sequences preempted", registry=registry)
+
+    def observe(self, report: Report) -> None:
+        gauges, last = report.gauges, self._last
+        self._blocks.labels("free").set(gauges.blocks_free)
+        self._blocks.labels("cached").set(gauges.blocks_cached)
+        self._blocks.labels("used").set(gauges.blocks_total - gauges.blocks_free - gauges.blocks_cached)
+        self._sequences.labels("running").set(gauges.running)
+        self._sequences.labels("waiting").set(gauges.waiting)
+        self._queued.set(gauges.queued_prefill_tokens)
+        self._prompt.inc(gauges.prompt_tokens - last.prompt_tokens)
+        self._hits.inc(gauges.prefix_hit_tokens - last.prefix_hit_tokens)
+        self._preemptions.inc(gauges.preemptions - last.preemptions)
+        self._last = gauges
+        if step := report.step:
+            self._step_seconds.observe(step.seconds)
+            # The histogram's sum is the count of tokens computed, by kind.
+            for kind, tokens in (("prefill", step.prefill_tokens), ("decode", step.decode_tokens)):
+                if tokens:
+                    self._batch.labels(kind).observe(tokens)
+
+
+class _TransferSeries:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.bytes = Counter("diptych_transfer_bytes", "KV bytes moved", ["direction"], registry=registry)
+        self.seconds = Histogram(
+            "diptych_transfer_seconds",
+            "A KV transfer, from its opening to the confirmed lease",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.exposed_seconds = Histogram(
+            "diptych_transfer_exposed_seconds",
+            "The part of a KV transfer after the end of its prefill",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.leases_ended = Counter(
+            "diptych_worker_leases_ended", "KV leases ended, by how", ["how"], registry=registry
+        )

@@ -1,0 +1,88 @@
+"""Keeps the global prefix index in step with this worker's cache, off the engine's path.
+
+Changes are collected and sent in batches. When Redis was away, or the entries are gone, everything
+that is resident is published again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from services.core.clock import Clock
+from services.core.errors import StoreUnavailable
+from services.core.worker_report import WorkerKey
+from services.index.protocol import PrefixIndex
+
+_BATCH_S = 0.02  # one round trip per batch: at most 50 a second
+_RENEW_S = 5.0
+_RETRY_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class IndexPublisher:
+    def __init__(self, index: PrefixIndex, worker: WorkerKey, clock: Clock) -> None:
+        self._index = index
+        self._worker = worker
+        self._clock = clock
+        self._resident: set[bytes] = set()
+        self._stored: set[bytes] = set()  # not yet published
+        self._evicted: set[bytes] = set()
+        self._changed = asyncio.Event()
+
+    def record(self, stored: Sequence[bytes], evicted: Sequence[bytes]) -> None:
+        """Note what one report changed. Within a report no hash is in both."""
+        for block_hash in stored:
+            self._resident.add(block_hash)
+            self._evicted.discard(block_hash)
+            self._stored.add(block_hash)
+        for block_hash in evicted:
+            self._resident.discard(block_hash)
+            self._stored.discard(block_hash)
+            self._evicted.add(block_hash)
+        if stored or evicted:
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled; then take this worker's entries back."""
+        complete = False  # the index holds everything but what is in _stored and _evicted
+        try:
+            while True:
+                try:
+                    complete = await self._turn(complete)
+                except StoreUnavailable as error:
+                    logger.warning("the prefix index is away: %s", error)
+                    complete = False
+                    await self._clock.sleep(_RETRY_S)
+        finally:
+            await self._forget()
+
+    async def _turn(self, complete: bool) -> bool:
+        if not complete or not await self._index.renew(self._worker):
+            self._stored, self._evicted = set(self._resident), set()
+            await self._publish()
+        renew_at_s = self._clock.now() + _RENEW_S
+        while self._clock.now() < renew_at_s:
+            if await self._wait_for_change(renew_at_s - self._clock.now()):
+                await self._clock.sleep(_BATCH_S)
+                await self._publish()
+        return True
+
+    async def _publish(self) -> None:
+        stored, evicted = self._stored, self._evicted
+        self._stored, self._evicted = set(), set()
+        self._changed.clear()
+        await self._index.publish(self._worker, list(stored), list(evicted))
+
+    async def _wait_for_change(self, timeout_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _forget(self) -> None:
+        try:
+            await self._index.forget(self._worker)
+        except StoreUnavailable:
+            logger.warning("the prefix index is away: this worker's entries will expire by themselves")

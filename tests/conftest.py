@@ -1,0 +1,23 @@
+"""Fixtures that tests of several packages share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.store.embedded import EmbeddedValkey
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    """A real Valkey server for the whole run: take a namespace of your own, and never kill it."""
+    with EmbeddedValkey() as valkey:
+        yield valkey.url
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The GGUF file of the default model, downloaded once per machine."""
+    from services.model.pull import ensure_default_model
+
+    return ensure_default_model()

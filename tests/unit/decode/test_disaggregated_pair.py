@@ -1,0 +1,269 @@
+"""Prefill and decode service together: right tokens through the transfer, and nothing held afterwards."""
+
+import asyncio
+
+import grpc.aio
+import pytest
+
+from services.core.errors import BadRequest, Overloaded, WorkerLost
+from services.core.sampling import SamplingParams
+from services.wire.channel import from_rpc_error
+from services.wire.convert import sampling_to_wire
+from services.wire.generated import worker_pb2
+from tests.support.in_process_engine import InProcessEngine
+from tests.support.in_process_workers import DecodeWorker, Pair, PrefillWorker, running_pair
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+
+
+def sequence(
+    name: str = "r", prompt: list[int] = PROMPT, outputs: tuple[int, ...] = (), **params: object
+) -> worker_pb2.Sequence:
+    sampling = sampling_to_wire(SamplingParams(**{"max_tokens": 8, **params}))  # type: ignore[arg-type]
+    return worker_pb2.Sequence(
+        request_id=name, attempt=0, prompt_ids=prompt, output_ids=outputs, sampling=sampling
+    )
+
+
+def submit(one: worker_pb2.Sequence, source: worker_pb2.KvSource | None) -> worker_pb2.DecodeCommand:
+    return worker_pb2.DecodeCommand(submit=worker_pb2.DecodeSubmit(sequence=one, epoch=22, source=source))
+
+
+class Session:
+    """One gateway's stream: writes commands, sorts events by request."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.call = pair.session()
+        self.events: dict[str, asyncio.Queue[worker_pb2.DecodeEvent]] = {}
+        self.batches = 0
+        self._reading = asyncio.create_task(self._read())
+
+    async def submit(self, one: worker_pb2.Sequence, source: worker_pb2.KvSource | None = None) -> None:
+        self.events.setdefault(one.request_id, asyncio.Queue())
+        await self.call.write(submit(one, source))
+
+    async def cancel(self, name: str) -> None:
+        await self.call.write(
+            worker_pb2.DecodeCommand(cancel=worker_pb2.DecodeCancel(request_id=name, attempt=0))
+        )
+
+    async def tokens(self, name: str = "r") -> list[int]:
+        """Until the finish."""
+        found: list[int] = []
+        while True:
+            event = await asyncio.wait_for(self.events[name].get(), 5)
+            assert not event.HasField("failure"), event.failure
+            if event.HasField("token"):
+                found.append(event.token.token)
+                if event.token.finish:
+                    return found
+
+    async def failure(self, name: str = "r") -> str:
+        while True:
+            event = await asyncio.wait_for(self.events[name].get(), 5)
+            if event.HasField("failure"):
+                return str(event.failure.code)
+
+    async def close(self) -> None:
+        self._reading.cancel()
+        self.call.cancel()
+
+    async def _read(self) -> None:
+        async for batch in self.call:
+            self.batches += 1
+            for event in batch.events:
+                self.events[event.request_id].put_nowait(event)
+
+
+async def alone(one: worker_pb2.Sequence) -> list[int]:
+    """What a decode worker by itself answers."""
+    async with running_pair() as pair:
+        session = Session(pair)
+        await session.submit(one)
+        answer = await session.tokens(one.request_id)
+        await session.close()
+        return answer
+
+
+async def test_the_answer_is_that_of_one_worker_alone() -> None:
+    expected = await alone(sequence())
+    async with running_pair() as pair:
+        session = Session(pair)
+        prefill = pair.run_prefill(sequence())
+        await session.submit(sequence(), pair.source())
+        reply = await prefill
+        assert [reply.first.token, *await session.tokens()] == expected
+        received = pair.decode.received
+        assert received[0].bytes == 3 * pair.decode.engine.geometry.block_bytes
+        assert pair.decode.engine.engine.take_report().gauges.prompt_tokens == len(PROMPT)
+        await session.close()
+        await pair.idle()
+
+
+async def test_either_side_may_come_first() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        await session.submit(sequence("pull-first"), pair.source())
+        await asyncio.sleep(0.05)
+        await pair.run_prefill(sequence("pull-first"))
+        prefill = pair.run_prefill(sequence("run-first"))
+        await asyncio.sleep(0.05)
+        assert pair.prefill.engine.sequences <= 1, "blocks were taken before the pull had come"
+        await session.submit(sequence("run-first"), pair.source())
+        await prefill
+        assert await session.tokens("pull-first") == await session.tokens("run-first")
+        await session.close()
+        await pair.idle()
+
+
+async def test_a_resumed_answer_goes_on_at_its_index() -> None:
+    expected = await alone(sequence())
+    async with running_pair() as pair:
+        session = Session(pair)
+        resumed = sequence(outputs=tuple(expected[:3]))
+        prefill = pair.run_prefill(resumed)
+        await session.submit(resumed, pair.source())
+        reply = await prefill
+        assert reply.first.index == 3
+        assert [reply.first.token, *await session.tokens()] == expected[3:]
+        await session.close()
+
+
+async def test_the_second_turn_pulls_only_what_the_decode_worker_lacks() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        for name in ("first", "second"):
+            prefill = pair.run_prefill(sequence(name))
+            await session.submit(sequence(name), pair.source())
+            await prefill
+            await session.tokens(name)
+        block = pair.decode.engine.geometry.block_bytes
+        assert [received.bytes for received in pair.decode.received] == [3 * block, 1 * block]
+        await session.close()
+        await pair.idle()
+
+
+async def test_an_answer_that_ends_at_its_first_token_frees_the_decode_worker() -> None:
+    first = (await alone(sequence()))[0]
+    async with running_pair() as pair:
+        session = Session(pair)
+        one = sequence(end_token_ids=(first,))
+        prefill = pair.run_prefill(one)
+        await session.submit(one, pair.source())
+        assert (await prefill).first.finish == worker_pb2.FINISH_REASON_STOP
+        await pair.idle()
+        await session.close()
+
+
+async def test_a_prefill_without_a_decode_worker_gives_its_blocks_back_at_once() -> None:
+    async with running_pair() as pair:
+        reply = await pair.run_prefill(sequence(max_tokens=1), expect_pull=False)
+        assert reply.first.finish == worker_pb2.FINISH_REASON_LENGTH
+        await pair.idle()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_cancelling_both_sides_frees_everything(paused: bool) -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        one = sequence(max_tokens=150)
+        prefill = pair.run_prefill(one)
+        pair.prefill.engine.paused = paused
+        await session.submit(one, pair.source())
+        await asyncio.sleep(0.02)
+        prefill.cancel()
+        await session.cancel("r")
+        pair.prefill.engine.resume()
+        await pair.idle()
+        await session.close()
+
+
+async def test_a_gateway_that_goes_away_cancels_all_its_sequences() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        for index in range(5):
+            await session.submit(sequence(f"r{index}", max_tokens=150))
+        while not session.batches:
+            await asyncio.sleep(0.001)
+        await session.close()
+        await pair.idle()
+
+
+async def test_a_prefill_that_nobody_pulls_ends_with_an_error() -> None:
+    async with running_pair() as pair:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await pair.run_prefill(sequence())
+        assert isinstance(from_rpc_error(raised.value, "p"), WorkerLost)
+        await pair.idle()
+
+
+async def test_a_pull_without_its_prefill_fails_and_frees_the_reservation() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        await session.submit(sequence(), pair.source())
+        assert await session.failure() == "kv_source_lost"
+        await pair.idle()
+        await session.close()
+
+
+async def test_a_decode_worker_without_room_refuses_at_once() -> None:
+    async with running_pair(decode=DecodeWorker(blocks=2)) as pair:
+        session = Session(pair)
+        await session.submit(sequence(), pair.source())
+        assert await session.failure() == "overloaded"
+        await session.close()
+
+
+async def test_an_expired_lease_frees_the_prefill_worker() -> None:
+    async with running_pair(prefill=PrefillWorker(lease_ttl_s=0.1)) as pair:
+        sweep = asyncio.create_task(pair.prefill.leases.expire_forever())
+        pull = pair.decode._transport.pull
+        prefill = pair.run_prefill(sequence())
+        from services.transfer.protocol import KvSource
+
+        chunks = pull(KvSource("p", pair.prefill_address, 11), "r/0", 0)
+        await anext(chunks)
+        await prefill
+        await chunks.aclose()  # it read, but never confirms
+        await pair.idle()
+        sweep.cancel()
+
+
+async def test_another_incarnation_or_a_draining_worker_refuses() -> None:
+    async with running_pair() as pair:
+        pair.prefill.incarnation.draining = True
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await pair.run_prefill(sequence())
+        assert isinstance(from_rpc_error(raised.value, "p"), Overloaded)
+        pair.decode.incarnation.key = pair.decode.incarnation.key._replace(epoch=23)
+        session = Session(pair)
+        await session.submit(sequence())
+        assert await session.failure() == "worker_lost"
+        await session.close()
+
+
+async def test_a_sequence_that_could_break_a_step_is_refused() -> None:
+    bad = [
+        sequence(prompt=[]),
+        sequence(prompt=[50_000]),
+        sequence(prompt=[-1]),
+        sequence(max_tokens=500),
+        sequence(outputs=(1,) * 8),
+    ]
+    async with running_pair() as pair:
+        for one in bad:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await pair.run_prefill(one, expect_pull=False)
+            assert isinstance(from_rpc_error(raised.value, "p"), BadRequest)
+        await pair.idle()
+
+
+async def test_the_death_of_an_engine_reaches_every_sequence_once() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        pair.decode.engine.paused = True
+        await session.submit(sequence("local"))
+        await asyncio.sleep(0.02)
+        InProcessEngine._fail_all(pair.decode.engine)
+        assert await session.failure("local") == "engine_failed"
+        await session.close()

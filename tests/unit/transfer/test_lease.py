@@ -1,0 +1,106 @@
+"""Leases fail closed: only a lease that is held or fresh answers "valid", and each ends exactly once."""
+
+import asyncio
+
+import pytest
+
+from services.core.clock import ManualClock
+from services.core.errors import KvSourceLost, RequestCancelled, WorkerLost
+from services.transfer.lease import LeaseTable
+from services.transfer.protocol import FirstToken
+
+
+class Subject:
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.ends: list[tuple[str, str]] = []
+        self.table = LeaseTable(self.clock, ttl_s=5.0, on_end=lambda name, how: self.ends.append((name, how)))
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject()
+
+
+def test_a_release_within_the_time_to_live_is_valid_once(subject: Subject) -> None:
+    subject.table.open("a", 10)
+    subject.clock.advance(4.9)
+    assert subject.table.release("a")
+    assert not subject.table.release("a")
+    assert subject.ends == [("a", "released")]
+
+
+def test_a_release_after_the_time_to_live_is_not_valid_even_before_the_sweep(subject: Subject) -> None:
+    subject.table.open("a", 10)
+    subject.clock.advance(5.0)
+    assert not subject.table.release("a")
+    assert subject.ends == [("a", "expired")]
+
+
+def test_a_held_lease_does_not_expire_and_lives_on_after_the_call(subject: Subject) -> None:
+    lease = subject.table.open("a", 10)
+    with subject.table.hold(lease):
+        subject.clock.advance(100)
+        subject.table.expire_due()
+    subject.clock.advance(4.9)
+    subject.table.expire_due()
+    assert subject.ends == []
+    subject.clock.advance(0.1)
+    subject.table.expire_due()
+    assert subject.ends == [("a", "expired")]
+
+
+async def test_the_sweep_frees_leases_that_nobody_releases(subject: Subject) -> None:
+    subject.table.open("a", 10)
+    sweep = asyncio.create_task(subject.table.expire_forever())
+    for _ in range(8):
+        await asyncio.sleep(0)
+        subject.clock.advance(1.0)
+        await asyncio.sleep(0)
+    sweep.cancel()
+    assert subject.ends == [("a", "expired")]
+    assert subject.table.open_leases == 0
+
+
+async def test_a_pull_that_comes_early_waits_for_its_prefill(subject: Subject) -> None:
+    finding = asyncio.create_task(subject.table.find("a", wait_s=5))
+    await asyncio.sleep(0)
+    lease = subject.table.open("a", 10)
+    assert await finding is lease
+
+
+async def test_a_pull_without_a_prefill_ends_and_leaves_nothing_parked(subject: Subject) -> None:
+    with pytest.raises(KvSourceLost, match="no prefill"):
+        await subject.table.find("a", wait_s=0.01)
+    subject.table.open("a", 10)  # would fail on a waiter that was left behind
+
+
+async def test_a_failed_prefill_wakes_its_reader_with_the_reason(subject: Subject) -> None:
+    lease = subject.table.open("a", 10)
+    reader = asyncio.create_task(lease.until(lambda: lease.first is not None))
+    await asyncio.sleep(0)
+    subject.table.fail(lease, RequestCancelled("gone"))
+    with pytest.raises(RequestCancelled):
+        await reader
+    assert subject.ends == [("a", "failed")]
+    assert not subject.table.release("a")
+
+
+async def test_an_expired_lease_wakes_its_reader(subject: Subject) -> None:
+    lease = subject.table.open("a", 10)
+    reader = asyncio.create_task(lease.until(lambda: lease.first is not None))
+    await asyncio.sleep(0)
+    subject.clock.advance(6)
+    subject.table.expire_due()
+    with pytest.raises(WorkerLost, match="expired"):
+        await reader
+
+
+async def test_waiters_see_every_change_that_makes_their_condition_true(subject: Subject) -> None:
+    lease = subject.table.open("a", 10)
+    waiters = [asyncio.create_task(lease.until(lambda n=n: lease.computed >= n)) for n in (1, 5, 9)]
+    for computed in (1, 6, 9):
+        await asyncio.sleep(0)
+        lease.advanced(computed)
+    lease.finished(FirstToken(0, 1, None), 0.0)
+    await asyncio.gather(*waiters)
