@@ -29,6 +29,7 @@ class IndexPublisher:
         self._stored: set[bytes] = set()  # not yet published
         self._evicted: set[bytes] = set()
         self._changed = asyncio.Event()
+        self._away = False
 
     def record(self, stored: Sequence[bytes], evicted: Sequence[bytes]) -> None:
         """Note what one report changed. Within a report no hash is in both."""
@@ -51,8 +52,9 @@ class IndexPublisher:
                 try:
                     complete = await self._turn(complete)
                 except StoreUnavailable as error:
-                    logger.warning("the prefix index is away: %s", error)
-                    complete = False
+                    if not self._away:
+                        logger.warning("the prefix index is away, publishing again when it is back: %s", error)
+                    complete, self._away = False, True
                     await self._clock.sleep(_RETRY_S)
         finally:
             await self._forget()
@@ -61,6 +63,9 @@ class IndexPublisher:
         if not complete or not await self._index.renew(self._worker):
             self._stored, self._evicted = set(self._resident), set()
             await self._publish()
+            if self._away:
+                logger.info("the prefix index is back; %d blocks published again", len(self._resident))
+            self._away = False
         renew_at_s = self._clock.now() + _RENEW_S
         while self._clock.now() < renew_at_s:
             if await self._wait_for_change(renew_at_s - self._clock.now()):

@@ -1,0 +1,68 @@
+"""The Llama-shaped decoder, written out once; its variations are ModelConfig's fields.
+
+    h = embedding[token]
+    for each layer:  h += attention(norm(h));  h += mlp(norm(h))
+    logits = unembedding(norm(h))
+
+Source: Touvron et al., "LLaMA", 2023; the variations are those of Mistral, Qwen2, Qwen3 and Llama 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import ops
+from services.engine.device.batch import Batch
+from services.engine.device.weights import LayerWeights, Weights
+from services.model.config import ModelConfig
+
+
+class Decoder:
+    def __init__(self, config: ModelConfig, weights: Weights, pool: Tensor) -> None:
+        """pool: contiguous, finite [blocks, layers, 2, kv_heads, block_size, head_dim] on the same device."""
+        self._config = config
+        self._weights = weights
+        self._pool = pool
+        self._frequencies = rope_frequencies(config).to(pool.device)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Writes the batch's KV into the pool; float32 [samples, vocab] for the rows that are sampled."""
+        eps = self._config.rms_norm_eps
+        hidden = F.embedding(batch.tokens, self._weights.embedding)
+        angles = ops.rope_angles(batch.positions, self._frequencies, hidden.dtype)
+        for index, layer in enumerate(self._weights.layers):
+            normal = ops.rms_norm(hidden, layer.attention_norm, eps)
+            hidden = hidden + self._attention(index, layer, normal, angles, batch)
+            normal = ops.rms_norm(hidden, layer.mlp_norm, eps)
+            hidden = hidden + ops.linear(ops.swiglu(ops.linear(normal, layer.gate_up)), layer.down)
+        last = ops.rms_norm(hidden[batch.last_tokens], self._weights.final_norm, eps)
+        return ops.linear(last, self._weights.unembedding).float()
+
+    def _attention(
+        self, index: int, layer: LayerWeights, x: Tensor, angles: tuple[Tensor, Tensor], batch: Batch
+    ) -> Tensor:
+        c = self._config
+        qkv = ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, c.head_dim)
+        qk, v = torch.split(qkv, [c.heads + c.kv_heads, c.kv_heads], dim=1)
+        if layer.qk_norm is not None:
+            qk = ops.rms_norm(qk, layer.qk_norm, c.rms_norm_eps)
+        q, k = torch.split(ops.apply_rope(qk, *angles), [c.heads, c.kv_heads], dim=1)
+        ops.kv_write(self._pool, index, k, v, batch.blocks, batch.offsets)
+        return ops.linear(ops.paged_attention(q, self._pool, index, batch.attention), layer.attention_output)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position after scaling, float32 [head_dim / 2]."""
+    frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta)
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        return ops.scale_linear(frequencies, scaling.factor)
+    if scaling.kind == "llama3":
+        return ops.scale_llama3(
+            frequencies,
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_context,
+        )
+    return frequencies

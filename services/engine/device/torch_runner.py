@@ -1,0 +1,102 @@
+"""TorchRunner: the ModelRunner that computes a real model with torch, on a CPU or a CUDA device."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from services.core.errors import ConfigError
+from services.engine.device.batch import Batch, build_batch
+from services.engine.device.decoder import Decoder
+from services.engine.device.sampler import sample_tokens
+from services.engine.device.weights import load_weights
+from services.engine.runner import Row
+from services.model.config import ModelConfig
+from services.model.files import ModelFiles
+from services.model.pool_geometry import DTYPE_BYTES, PoolGeometry
+
+_DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
+
+
+class TorchRunner:
+    """Weights, activations and KV all have the geometry's dtype.
+
+    On a CPU with float32, a row's numbers do not depend on the other rows of its batch.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        geometry: PoolGeometry,
+        pool: memoryview | None,
+        *,
+        threads: int,
+        device: str = "cpu",
+    ) -> None:
+        """Loads the model, which takes seconds.
+
+        `pool` is memory shared with the I/O process, of geometry.bytes zeros (CPU only); None: the
+        runner allocates the pool on its device. `threads` are this process's CPU threads for torch.
+
+        Raises ModelFileError, or ConfigError if the geometry is not the model's.
+        """
+        _check_geometry(files.config, geometry)
+        _set_threads(threads)
+        self.pool = _pool_tensor(geometry, pool, device)
+        weights = load_weights(files, self.pool.dtype, self.pool.device)
+        self._window = files.config.sliding_window
+        self._decoder = Decoder(files.config, weights, self.pool)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> list[int | None]:
+        """Writes the rows' KV; one sampled token per row, None for rows without a sample."""
+        if not rows:
+            return []
+        batch, logits = self._compute(rows)
+        tokens: list[int | None] = [None] * len(rows)
+        for index, token in zip(batch.sampled, sample_tokens(logits, batch.samples), strict=True):
+            tokens[index] = token
+        if self.pool.is_cuda:
+            torch.cuda.synchronize(self.pool.device)  # readers of the pool wait for no stream of ours
+        return tokens
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Writes the rows' KV; float32 [sampled rows, vocab], in the order of the rows."""
+        batch, logits = self._compute(rows)
+        order = sorted(range(len(batch.sampled)), key=batch.sampled.__getitem__)
+        return logits[order]
+
+    def _compute(self, rows: Sequence[Row]) -> tuple[Batch, Tensor]:
+        batch = build_batch(rows, self.pool, self._window)
+        return batch, self._decoder.logits(batch)
+
+
+def _check_geometry(config: ModelConfig, geometry: PoolGeometry) -> None:
+    expected = config.pool_geometry(geometry.blocks, geometry.block_size, geometry.dtype)
+    if geometry != expected:
+        raise ConfigError(
+            f"The KV pool has {geometry.layout}, but the model needs {expected.layout}. "
+            "Start the worker with the same model that its pool was made for."
+        )
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # torch allows this once per process, before its first parallel work. We use no inter-op
+    # parallelism, so a process that is past that point loses nothing.
+    with suppress(RuntimeError):
+        torch.set_num_interop_threads(1)
+
+
+def _pool_tensor(geometry: PoolGeometry, pool: memoryview | None, device: str) -> Tensor:
+    dtype = _DTYPES[geometry.dtype]
+    if pool is None:
+        return torch.zeros(geometry.shape, dtype=dtype, device=device)
+    if device != "cpu" or pool.nbytes != geometry.bytes:
+        raise ConfigError(
+            f"A shared KV pool must be on the CPU and have {geometry.bytes:,} bytes; this one is for "
+            f"device {device!r} and has {pool.nbytes:,} bytes."
+        )
+    return torch.frombuffer(pool, dtype=dtype).view(geometry.shape)

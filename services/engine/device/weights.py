@@ -1,0 +1,109 @@
+"""A model's weights on its device, fused so that a layer is four matrix products.
+
+Fused tensors are filled part by part: beside the finished weights only one file tensor is in memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from services.engine.device.gguf_weights import GgufSource
+from services.engine.device.safetensors_weights import SafetensorsSource
+from services.engine.device.tensor_source import TensorSource
+from services.model.config import ModelConfig
+from services.model.files import ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Projections are in the form of `ops.pack_weight`; the shapes are those before packing."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
+    qkv_bias: Tensor | None  # [(heads + 2 * kv_heads) * head_dim]
+    qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
+    attention_output: Tensor  # [hidden, heads * head_dim]
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 * intermediate, hidden]: gate, then up
+    down: Tensor  # [hidden, intermediate]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embedding: Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [hidden]
+    unembedding: Tensor  # [vocab, hidden], packed
+
+
+def load_weights(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Raises ModelFileError, naming the tensor and the file, for a missing, misshapen or unsupported one."""
+    return _Loader(files.config, _source(files), dtype, device).weights()
+
+
+def _source(files: ModelFiles) -> TensorSource:
+    if files.kind == "gguf":
+        return GgufSource(files.weight_files[0], files.config.head_dim)
+    return SafetensorsSource(files.weight_files)
+
+
+class _Loader:
+    def __init__(
+        self, config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._dtype = dtype
+        self._device = device
+
+    def weights(self) -> Weights:
+        c = self._config
+        embedding = self._fused(["model.embed_tokens.weight"], [c.vocab_size], c.hidden_size)
+        output = embedding
+        if not c.tied_embeddings:
+            output = self._fused(["lm_head.weight"], [c.vocab_size], c.hidden_size)
+        return Weights(
+            embedding=embedding,
+            layers=tuple(self._layer(f"model.layers.{index}.") for index in range(c.layers)),
+            final_norm=self._fused(["model.norm.weight"], [c.hidden_size]),
+            unembedding=ops.pack_weight(output),
+        )
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        c = self._config
+        attention = prefix + "self_attn."
+        qkv_names = [f"{attention}{part}_proj" for part in "qkv"]
+        qkv_rows = [heads * c.head_dim for heads in (c.heads, c.kv_heads, c.kv_heads)]
+        gate_up_names = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
+        down_name = prefix + "mlp.down_proj.weight"
+        return LayerWeights(
+            attention_norm=self._fused([prefix + "input_layernorm.weight"], [c.hidden_size]),
+            qkv=self._packed([name + ".weight" for name in qkv_names], qkv_rows, c.hidden_size),
+            qkv_bias=self._fused([name + ".bias" for name in qkv_names], qkv_rows) if c.qkv_bias else None,
+            qk_norm=self._qk_norm(attention) if c.qk_norm else None,
+            attention_output=self._packed(
+                [attention + "o_proj.weight"], [c.hidden_size], c.heads * c.head_dim
+            ),
+            mlp_norm=self._fused([prefix + "post_attention_layernorm.weight"], [c.hidden_size]),
+            gate_up=self._packed(gate_up_names, [c.intermediate_size] * 2, c.hidden_size),
+            down=self._packed([down_name], [c.hidden_size], c.intermediate_size),
+        )
+
+    def _qk_norm(self, attention: str) -> Tensor:
+        """The norms of q and k, one row per head, so that one op normalises all heads of both."""
+        c = self._config
+        both = self._fused([attention + "q_norm.weight", attention + "k_norm.weight"], [c.head_dim] * 2)
+        q, k = both.view(2, c.head_dim)
+        return torch.cat((q.expand(c.heads, -1), k.expand(c.kv_heads, -1)))
+
+    def _packed(self, names: list[str], rows: list[int], columns: int) -> Tensor:
+        return ops.pack_weight(self._fused(names, rows, columns))
+
+    def _fused(self, names: list[str], rows: list[int], *columns: int) -> Tensor:
+        """File tensors of shape [rows, *columns] below each other, on the device."""
+        fused = torch.empty((sum(rows), *columns), dtype=self._dtype, device=self._device)
+        for name, count, part in zip(names, rows, torch.split(fused, rows), strict=True):
+            part.copy_(self._source.read(name, (count, *columns)))
+        return fused
