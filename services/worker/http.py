@@ -13,6 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 Check = Callable[[], bool]
+_POLL_S = 0.1  # how soon close() is noticed
 
 
 class StatusServer:
@@ -30,7 +31,9 @@ class StatusServer:
 
         self._server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
         self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True, name="status")
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_S,), daemon=True, name="status"
+        )
         self._thread.start()
 
     def close(self) -> None:

@@ -46,21 +46,24 @@ class IndexPublisher:
 
     async def run(self) -> None:
         """Publish until cancelled; then take this worker's entries back."""
-        complete = False  # the index holds everything but what is in _stored and _evicted
         try:
             while True:
                 try:
-                    complete = await self._turn(complete)
+                    await self._turn()
                 except StoreUnavailable as error:
                     if not self._away:
-                        logger.warning("the prefix index is away, publishing again when it is back: %s", error)
-                    complete, self._away = False, True
+                        logger.warning(
+                            "the prefix index is away, publishing again when it is back: %s", error
+                        )
+                    self._away = True
                     await self._clock.sleep(_RETRY_S)
         finally:
             await self._forget()
 
-    async def _turn(self, complete: bool) -> bool:
-        if not complete or not await self._index.renew(self._worker):
+    async def _turn(self) -> None:
+        """Renew the entries, or publish them all if they are not there or not complete; then the changes
+        until the next renewal is due."""
+        if not await self._index.renew(self._worker):
             self._stored, self._evicted = set(self._resident), set()
             await self._publish()
             if self._away:
@@ -71,7 +74,6 @@ class IndexPublisher:
             if await self._wait_for_change(renew_at_s - self._clock.now()):
                 await self._clock.sleep(_BATCH_S)
                 await self._publish()
-        return True
 
     async def _publish(self) -> None:
         stored, evicted = self._stored, self._evicted
