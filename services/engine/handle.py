@@ -96,7 +96,8 @@ class EngineHandle:
         self._receiver.cancel()
         self._writer.close()
         try:
-            await asyncio.wait_for(self._process.wait(), _STOP_GRACE_S)
+            async with asyncio.timeout(_STOP_GRACE_S):
+                await self._process.wait()
         except TimeoutError:
             self._process.kill()
             await self._process.wait()

@@ -85,7 +85,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
     async def _wait_for_pull(self, lease: Lease) -> None:
         """No block is allocated before the pull proves that the decode worker has room."""
         try:
-            await asyncio.wait_for(lease.until(lambda: lease.pulled), self._pull_wait_s)
+            async with asyncio.timeout(self._pull_wait_s):
+                await lease.until(lambda: lease.pulled)
         except TimeoutError:
             raise WorkerLost(f"no decode worker pulled within {self._pull_wait_s:g} s") from None
 

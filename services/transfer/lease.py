@@ -109,7 +109,8 @@ class LeaseTable:
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._parked.setdefault(transfer_id, []).append(waiter)
         try:
-            return await asyncio.wait_for(waiter, wait_s)
+            async with asyncio.timeout(wait_s):
+                return await waiter
         except TimeoutError:
             raise KvSourceLost(f"no prefill for transfer {transfer_id} came within {wait_s:g} s") from None
         finally:

@@ -54,7 +54,8 @@ class Announcer:
 
     async def _wait_for_change(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), PERIOD_S - _PERIOD_MIN_S)
+            async with asyncio.timeout(PERIOD_S - _PERIOD_MIN_S):
+                await self._changed.wait()
 
     async def _leave(self) -> None:
         try:

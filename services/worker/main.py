@@ -99,7 +99,8 @@ class Worker:
         self._announcer.changed()
         logger.info("draining %d sequences", self._engine.sequences)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._engine.idle.wait(), self._config.drain_grace_s)
+            async with asyncio.timeout(self._config.drain_grace_s):
+                await self._engine.idle.wait()
 
     async def _close(self) -> None:
         await self._server.stop()

@@ -170,7 +170,8 @@ async def test_cancelling_both_sides_frees_everything(paused: bool) -> None:
         prefill = pair.run_prefill(one)
         pair.prefill.engine.paused = paused
         await session.submit(one, pair.source())
-        await asyncio.sleep(0.02)
+        while not pair.prefill.engine.sequences:
+            await asyncio.sleep(0.001)
         prefill.cancel()
         await session.cancel("r")
         pair.prefill.engine.resume()
