@@ -94,7 +94,7 @@ class Pair:
 
 
 def _holds_nothing(handle: InProcessEngine) -> bool:
-    gauges = handle.engine.take_report().gauges
+    gauges = handle.gauges
     return handle.idle.is_set() and gauges.blocks_free + gauges.blocks_cached == gauges.blocks_total
 
 
