@@ -1,6 +1,8 @@
 """KV over gRPC: payloads inside the messages, each with its CRC32C. Works over plain TCP everywhere."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 
 import google_crc32c
 import grpc.aio
@@ -28,6 +30,7 @@ class GrpcKvTransport:
     def __init__(self, compatibility: Compatibility) -> None:
         self._compatibility = compatibility_to_wire(compatibility)
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._abandoning: set[asyncio.Task[None]] = set()
 
     async def pull(
         self, source: KvSource, transfer_id: str, first_token: int
@@ -55,7 +58,18 @@ class GrpcKvTransport:
             raise _source_error(error, source) from None
         return bool(reply.valid)
 
+    def abandon(self, source: KvSource, transfer_id: str) -> None:
+        task = asyncio.create_task(self._try_release(source, transfer_id))
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
+
+    async def _try_release(self, source: KvSource, transfer_id: str) -> None:
+        with suppress(DiptychError):
+            await self.release(source, transfer_id)
+
     async def close(self) -> None:
+        for task in self._abandoning:
+            task.cancel()
         for channel in self._channels.values():
             await channel.close()
 

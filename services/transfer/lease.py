@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from services.core.clock import Clock
-from services.core.errors import DiptychError, KvSourceLost, WorkerLost
+from services.core.errors import DiptychError, KvSourceLost, Overloaded, WorkerLost
 from services.transfer.protocol import FirstToken
 
 LeaseEnd = Literal["released", "expired", "failed"]
@@ -127,12 +127,18 @@ class LeaseTable:
             lease.expires_at_s = self._clock.now() + self._ttl_s
 
     def release(self, transfer_id: str) -> bool:
-        """The puller is done. True: the lease was held until this moment."""
+        """The puller is done. True: the lease was held until this moment.
+
+        A puller that is done before the prefill is has given up: nobody needs the prefill any more.
+        """
         lease = self._leases.get(transfer_id)
         if lease is None:
             return False
         if self._is_due(lease):
             self._end(lease, "expired")
+            return False
+        if lease.first is None:
+            self.fail(lease, Overloaded("the decode worker gave the transfer up"))
             return False
         self._end(lease, "released")
         return True

@@ -26,6 +26,10 @@ class MemoryKvTransport:
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         return self._server(source).release(transfer_id, source.epoch)
 
+    def abandon(self, source: KvSource, transfer_id: str) -> None:
+        if server := self._servers.get(source.address):
+            server.release(transfer_id, source.epoch)
+
     async def close(self) -> None:
         pass
 

@@ -48,4 +48,9 @@ class KvTransport(Protocol):
         """End the lease. True: it was held until now, so what was pulled is valid."""
         ...
 
+    def abandon(self, source: KvSource, transfer_id: str) -> None:
+        """Tell the source, without waiting, that nobody will read on: it need not keep the blocks for
+        the rest of the lease. Best effort."""
+        ...
+
     async def close(self) -> None: ...

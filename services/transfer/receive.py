@@ -53,8 +53,24 @@ async def receive_kv(
 ) -> Received:
     """Pull, place and confirm. `landed(tokens)` is told how far the KV reaches after every chunk.
 
-    Raises KvSourceLost, KvCorrupt, LeaseExpired or Incompatible; nothing received is valid then.
+    Raises KvSourceLost, KvCorrupt, LeaseExpired or Incompatible; nothing received is valid then, and the
+    source is told that it may free the blocks.
     """
+    try:
+        return await _receive(transport, source, transfer_id, destination, clock, landed)
+    except BaseException:
+        transport.abandon(source, transfer_id)
+        raise
+
+
+async def _receive(
+    transport: KvTransport,
+    source: KvSource,
+    transfer_id: str,
+    destination: Destination,
+    clock: Clock,
+    landed: Callable[[int], None],
+) -> Received:
     started_s = clock.now()
     position = destination.held_tokens
     received_bytes = 0

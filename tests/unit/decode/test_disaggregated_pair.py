@@ -230,6 +230,23 @@ async def test_an_expired_lease_frees_the_prefill_worker() -> None:
         sweep.cancel()
 
 
+async def test_a_decode_worker_that_gives_up_ends_the_prefill() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        pair.prefill.engine.paused = True
+        prefill = pair.run_prefill(sequence())
+        await session.submit(sequence(), pair.source())
+        while not pair.prefill.engine.sequences:
+            await asyncio.sleep(0.001)
+        await session.cancel("r")
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await prefill
+        assert isinstance(from_rpc_error(raised.value, "p"), Overloaded)
+        pair.prefill.engine.resume()
+        await pair.idle()
+        await session.close()
+
+
 async def test_another_incarnation_or_a_draining_worker_refuses() -> None:
     async with running_pair() as pair:
         pair.prefill.incarnation.draining = True

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.core.clock import ManualClock
-from services.core.errors import KvSourceLost, RequestCancelled, WorkerLost
+from services.core.errors import KvSourceLost, Overloaded, RequestCancelled, WorkerLost
 from services.transfer.lease import LeaseTable
 from services.transfer.protocol import FirstToken
 
@@ -23,7 +23,7 @@ def subject() -> Subject:
 
 
 def test_a_release_within_the_time_to_live_is_valid_once(subject: Subject) -> None:
-    subject.table.open("a", 10)
+    subject.table.open("a", 10).finished(FirstToken(0, 1, None), 0.0)
     subject.clock.advance(4.9)
     assert subject.table.release("a")
     assert not subject.table.release("a")
@@ -84,6 +84,17 @@ async def test_a_failed_prefill_wakes_its_reader_with_the_reason(subject: Subjec
         await reader
     assert subject.ends == [("a", "failed")]
     assert not subject.table.release("a")
+
+
+async def test_a_puller_that_gives_up_ends_the_prefill(subject: Subject) -> None:
+    lease = subject.table.open("a", 10)
+    with subject.table.hold(lease):
+        running = asyncio.create_task(lease.until(lambda: lease.first is not None))
+        await asyncio.sleep(0)
+        assert not subject.table.release("a")
+        with pytest.raises(Overloaded, match="gave the transfer up"):
+            await running
+    assert subject.ends == [("a", "failed")]
 
 
 async def test_an_expired_lease_wakes_its_reader(subject: Subject) -> None:
