@@ -1,0 +1,43 @@
+"""What `diptych up` leaves for other commands to find the running cluster by: run/cluster.json."""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from services.model.home import diptych_home
+
+
+class ClusterState(msgspec.Struct, frozen=True):
+    gateway_url: str  # http://host:port, without /v1
+    redis_url: str
+    pid: int  # of `diptych up`
+
+
+def write_state(state: ClusterState) -> None:
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_bytes(msgspec.json.encode(state))
+    fresh.chmod(0o600)  # the Redis URL may carry a password
+    os.replace(fresh, path)
+
+
+def read_state() -> ClusterState | None:
+    """The cluster that was started last, if its `diptych up` still runs."""
+    try:
+        state = msgspec.json.decode(_path().read_bytes(), type=ClusterState)
+        os.kill(state.pid, 0)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return state
+
+
+def remove_state(state: ClusterState) -> None:
+    """Remove what write_state wrote, unless a later cluster has replaced it."""
+    if read_state() == state:
+        _path().unlink(missing_ok=True)
+
+
+def _path() -> Path:
+    return diptych_home() / "run" / "cluster.json"

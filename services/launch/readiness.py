@@ -1,0 +1,47 @@
+"""When a part of a local cluster is ready: workers say so in membership, the gateway over HTTP."""
+
+import httpx
+
+from services.core.errors import StoreUnavailable
+from services.membership.protocol import Membership
+
+PROBE_TIMEOUT_SECONDS = 2.0
+
+
+class WorkerReadiness:
+    """True once for each incarnation of a worker: when its report says ready.
+
+    A killed worker's last report stays until its lease ends; it must not pass for its successor's.
+    """
+
+    def __init__(self, membership: Membership, worker_id: str) -> None:
+        self._membership = membership
+        self._worker_id = worker_id
+        self._epoch_seen: int | None = None
+
+    async def __call__(self) -> bool:
+        try:
+            reports = await self._membership.workers()
+        except StoreUnavailable:
+            return False
+        for report in reports:
+            if report.worker_id == self._worker_id and report.state == "ready":
+                is_new = report.epoch != self._epoch_seen
+                self._epoch_seen = report.epoch
+                return is_new
+        return False
+
+
+class GatewayReadiness:
+    """Whether the gateway at `root_url` would answer a completion now."""
+
+    def __init__(self, root_url: str) -> None:
+        self._url = f"{root_url}/health/ready"
+
+    async def __call__(self) -> bool:
+        # The gateway runs on this machine: a proxy from the environment must not be asked.
+        async with httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_SECONDS) as client:
+            try:
+                return (await client.get(self._url)).status_code == httpx.codes.OK
+            except httpx.HTTPError:
+                return False

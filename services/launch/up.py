@@ -1,0 +1,103 @@
+"""`diptych up`: a whole cluster on this machine, until Ctrl-C."""
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+
+from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
+from services.launch.cluster_state import ClusterState, remove_state, write_state
+from services.launch.cores import threads_per_worker, usable_cores
+from services.launch.display import Display
+from services.launch.model import resolve_model
+from services.launch.signals import run_until_signal
+from services.model.home import diptych_home
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("up", help="start a cluster on this machine", description=__doc__)
+    parser.add_argument("--prefill", type=count, default=1, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument("--decode", type=positive, default=1, metavar="N", help="decode workers (default: 1)")
+    parser.add_argument("--host", default="127.0.0.1", help="the gateway's address (default: 127.0.0.1)")
+    parser.add_argument("--port", type=port, default=8000, help="the gateway's port, 0: any (default: 8000)")
+    parser.add_argument(
+        "--model", default="", help="GGUF file or Hugging Face folder (default: SmolLM2-135M)"
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--redis", default="", metavar="URL", help="a Redis to use (default: start a Valkey)")
+    parser.add_argument(
+        "--threads", type=positive, default=0, metavar="N", help="per worker (default: a share)"
+    )
+    parser.add_argument("--blocks", type=positive, default=0, metavar="N", help="KV blocks per worker")
+    parser.add_argument("--config", type=Path, help="TOML file with [gateway] and [worker] settings")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the parts' logs instead of writing files"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    display = Display()
+    chosen_port = claim_port(arguments.host, arguments.port)
+    plan = ClusterPlan(
+        prefill=arguments.prefill,
+        decode=arguments.decode,
+        host=arguments.host,
+        port=chosen_port,
+        model=resolve_model(arguments.model, display),
+        dtype=arguments.dtype,
+        logs=None if arguments.verbose else diptych_home() / "logs",
+        redis=arguments.redis,
+        threads=arguments.threads,
+        blocks=arguments.blocks,
+        config=arguments.config,
+    )
+    display.line(describe_threads(plan, usable_cores()))
+    try:
+        run_until_signal(serve(plan, display))
+    except asyncio.CancelledError:
+        display.line("stopped")
+    return 0
+
+
+async def serve(plan: ClusterPlan, display: Display) -> None:
+    """Run the cluster until cancelled."""
+    cluster = LocalCluster(plan, display)
+    state: ClusterState | None = None
+    try:
+        await cluster.start()
+        state = ClusterState(plan.gateway_url, cluster.redis_url, os.getpid())
+        write_state(state)
+        host = f"[{plan.host}]" if ":" in plan.host else plan.host
+        print(f"ready http://{host}:{plan.port}/v1", flush=True)
+        await asyncio.Event().wait()
+    finally:
+        display.line("stopping")
+        if state is not None:
+            remove_state(state)
+        await cluster.stop()
+
+
+def describe_threads(plan: ClusterPlan, cores: int) -> str:
+    workers = plan.prefill + plan.decode
+    if plan.threads:
+        return f"threads: {plan.threads} per worker (--threads)"
+    return f"threads: {threads_per_worker(cores, workers)} per worker ({cores} cores / {workers} workers)"
+
+
+def count(text: str) -> int:
+    return _int_between(text, 0, 1000)
+
+
+def positive(text: str) -> int:
+    return _int_between(text, 1, 1 << 31)
+
+
+def port(text: str) -> int:
+    return _int_between(text, 0, 65535)
+
+
+def _int_between(text: str, least: int, most: int) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+    return int(text)
