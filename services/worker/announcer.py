@@ -29,18 +29,15 @@ class Announcer:
         self._changed.set()
 
     async def run(self) -> None:
-        """Announce until cancelled, then leave."""
-        try:
-            while True:
-                self._changed.clear()
-                await self.announce()
-                await asyncio.sleep(_PERIOD_MIN_S)
-                await self._wait_for_change()
-                self.turned_at_s = time.monotonic()
-        finally:
-            await self._leave()
+        """Announce until cancelled."""
+        while True:
+            self._changed.clear()
+            await self._announce()
+            await asyncio.sleep(_PERIOD_MIN_S)
+            await self._wait_for_change()
+            self.turned_at_s = time.monotonic()
 
-    async def announce(self) -> None:
+    async def _announce(self) -> None:
         try:
             await self._membership.announce(self._report())
         except StoreUnavailable as error:
@@ -57,7 +54,8 @@ class Announcer:
             async with asyncio.timeout(PERIOD_S - _PERIOD_MIN_S):
                 await self._changed.wait()
 
-    async def _leave(self) -> None:
+    async def leave(self) -> None:
+        """After `run`: nobody shall wait for the lease to expire."""
         try:
             await self._membership.leave(self._worker)
         except StoreUnavailable:

@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import suppress
 
+from services.core.child_tasks import ChildTasks
 from services.core.clock import SystemClock
 from services.core.errors import EngineFailed
 from services.core.log import setup_logging
@@ -72,26 +73,23 @@ class Worker:
 
     async def _work(self, stop: asyncio.Event) -> None:
         """Serve until asked to stop, then drain. Raises EngineFailed if the engine dies."""
-        background = [
-            asyncio.create_task(task, name=name)
-            for name, task in (
-                ("announce", self._announcer.run()),
-                ("publish", self._publisher.run()),
-                ("leases", self._server.leases.expire_forever()),
+        async with ChildTasks() as tasks:
+            background = [
+                tasks.start(self._announcer.run()),
+                tasks.start(self._publisher.run()),
+                tasks.start(self._server.leases.expire_forever()),
+            ]
+            ending = [tasks.start(stop.wait()), tasks.start(self._engine.failed.wait())]
+            logger.info(
+                "ready on %s", self._server.address, extra={"worker_id": self._identity.key.worker_id}
             )
-        ]
-        ending = [asyncio.create_task(stop.wait()), asyncio.create_task(self._engine.failed.wait())]
-        logger.info("ready on %s", self._server.address, extra={"worker_id": self._identity.key.worker_id})
-        try:
             await asyncio.wait([*background, *ending], return_when=asyncio.FIRST_COMPLETED)
-            _raise_first_failure(background)
+            for task in background:
+                if task.done():
+                    task.result()  # they never end by themselves: this raises
             if self._engine.failed.is_set():
                 raise EngineFailed("the engine process died; restart the worker")
             await self._drain()
-        finally:
-            for task in (*background, *ending):
-                task.cancel()
-            await asyncio.gather(*background, *ending, return_exceptions=True)
 
     async def _drain(self) -> None:
         """No new work; what runs may finish within the grace period."""
@@ -103,6 +101,8 @@ class Worker:
                 await self._engine.idle.wait()
 
     async def _close(self) -> None:
+        await self._announcer.leave()
+        await self._publisher.forget()
         await self._server.stop()
         await self._engine.stop()
         self._status.close()
@@ -167,9 +167,3 @@ def _stop_event() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     return stop
-
-
-def _raise_first_failure(tasks: list["asyncio.Task[None]"]) -> None:
-    for task in tasks:
-        if task.done():
-            task.result()

@@ -45,20 +45,15 @@ class IndexPublisher:
             self._changed.set()
 
     async def run(self) -> None:
-        """Publish until cancelled; then take this worker's entries back."""
-        try:
-            while True:
-                try:
-                    await self._turn()
-                except StoreUnavailable as error:
-                    if not self._away:
-                        logger.warning(
-                            "the prefix index is away, publishing again when it is back: %s", error
-                        )
-                    self._away = True
-                    await self._clock.sleep(_RETRY_S)
-        finally:
-            await self._forget()
+        """Publish until cancelled."""
+        while True:
+            try:
+                await self._turn()
+            except StoreUnavailable as error:
+                if not self._away:
+                    logger.warning("the prefix index is away, publishing again when it is back: %s", error)
+                self._away = True
+                await self._clock.sleep(_RETRY_S)
 
     async def _turn(self) -> None:
         """Renew the entries, or publish them all if they are not there or not complete; then the changes
@@ -89,7 +84,8 @@ class IndexPublisher:
             return False
         return True
 
-    async def _forget(self) -> None:
+    async def forget(self) -> None:
+        """After `run`: take this worker's entries back."""
         try:
             await self._index.forget(self._worker)
         except StoreUnavailable:

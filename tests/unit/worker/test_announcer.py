@@ -38,6 +38,7 @@ class Subject:
     async def stop(self) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+        await self.announcer.leave()
 
 
 async def test_a_change_is_announced_and_the_end_too() -> None:

@@ -23,6 +23,7 @@ async def running(index: MemoryPrefixIndex) -> AsyncIterator[IndexPublisher]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await publisher.forget()
 
 
 async def located(index: MemoryPrefixIndex, expected: int) -> None:

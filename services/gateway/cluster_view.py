@@ -1,0 +1,143 @@
+"""What this gateway knows of the cluster: the workers' last reports, their caches, our own traffic.
+
+Membership is polled into a snapshot. Redis may be away or may have lost everything; workers renew
+their reports every 250 ms, so one that is missing for less than LEASE_GRACE_S is still taken to be
+there, and no time counts while Redis does not answer.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+
+import msgspec
+
+from router.state import WorkerView
+from services.core.block_hash import Compatibility, chain_hashes, chain_root
+from services.core.clock import Clock
+from services.core.errors import StoreUnavailable
+from services.core.worker_report import WorkerKey, WorkerReport
+from services.gateway.in_flight import InFlight
+from services.gateway.worker_client import WorkerClient
+from services.index.protocol import PrefixIndex
+from services.membership.protocol import Membership
+
+logger = logging.getLogger(__name__)
+
+LEASE_GRACE_S = 2.0
+# A worker that was just lost is not offered for this long: its lease may still have time to run.
+SUSPICION_S = 1.0
+
+
+class ClusterView:
+    def __init__(
+        self,
+        membership: Membership,
+        index: PrefixIndex,
+        workers: WorkerClient,
+        clock: Clock,
+        served_model: str,
+    ) -> None:
+        self._membership, self._index, self._workers = membership, index, workers
+        self._clock = clock
+        self._served_model = served_model
+        self._reports: dict[str, WorkerReport] = {}
+        self._listed_at: dict[str, float] = {}
+        self._suspected_until: dict[WorkerKey, float] = {}
+        self._store_answers = True
+        self.in_flight = InFlight(clock)
+
+    async def follow(self, every_s: float) -> None:
+        """Refresh for ever."""
+        while True:
+            await self.refresh()
+            await self._clock.sleep(every_s)
+
+    async def refresh(self) -> None:
+        """Take a new snapshot; when Redis is away, keep the last one."""
+        listed = await self._list_workers()
+        if listed is None:
+            return
+        now = self._clock.now()
+        for report in listed:
+            self._reports[report.worker_id] = report
+            self._listed_at[report.worker_id] = now
+        for worker_id in [w for w, at in self._listed_at.items() if now - at > LEASE_GRACE_S]:
+            del self._reports[worker_id], self._listed_at[worker_id]
+            logger.warning("worker left the cluster", extra={"worker_id": worker_id})
+        self._suspected_until = {key: end for key, end in self._suspected_until.items() if end > now}
+        await self._workers.keep_only(self._reports.values())
+
+    async def _list_workers(self) -> list[WorkerReport] | None:
+        try:
+            listed = await self._membership.workers()
+        except StoreUnavailable as error:
+            if self._store_answers:
+                logger.warning("serving with the last known workers: %s", error.message)
+            self._store_answers = False
+            return None
+        if not self._store_answers:
+            logger.info("membership answers again")
+            self._store_answers = True
+            self._listed_at = dict.fromkeys(self._listed_at, self._clock.now())
+        return [report for report in listed if report.served_model == self._served_model]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a decode worker could take a request."""
+        return any(report.decodes and report.state == "ready" for report in self._reports.values())
+
+    @property
+    def reports(self) -> list[WorkerReport]:
+        return list(self._reports.values())
+
+    def report(self, worker_id: str) -> WorkerReport:
+        return self._reports[worker_id]
+
+    def context_tokens_max(self, model_limit: int) -> int:
+        """Prompt + output that every live worker can hold."""
+        return min([model_limit, *(report.context_tokens_max for report in self._reports.values())])
+
+    def suspect(self, worker: WorkerKey) -> None:
+        """Do not offer this incarnation for a moment: a connection to it has just broken."""
+        self._suspected_until[worker] = self._clock.now() + SUSPICION_S
+
+    def worker_views(self) -> list[WorkerView]:
+        """For the router: reports with our unreported work added."""
+        return [
+            self.in_flight.added_to(self._view(report), reports_arrive=self._store_answers)
+            for report in self._reports.values()
+        ]
+
+    def _view(self, report: WorkerReport) -> WorkerView:
+        return WorkerView(
+            id=report.worker_id,
+            prefills=report.prefills,
+            decodes=report.decodes,
+            ready=report.state == "ready" and self._suspected_until.get(report.key, 0.0) <= self._clock.now(),
+            compatibility=msgspec.json.encode(report.compatibility).decode(),
+            queued_prefill_tokens=report.queued_prefill_tokens,
+            running=report.running,
+            waiting=report.waiting,
+            blocks_available=report.blocks_free + report.blocks_cached,
+            block_size=report.compatibility.block_size,
+            prefill_ms_per_token=report.prefill_ms_per_token,
+            decode_step_ms=report.decode_step_ms,
+        )
+
+    async def locate(self, token_ids: Sequence[int], salt: str) -> dict[str, int]:
+        """For each worker how many leading tokens of `token_ids` its cache holds. Empty without Redis."""
+        if not self._store_answers:
+            return {}
+        alike: defaultdict[Compatibility, list[WorkerKey]] = defaultdict(list)
+        for report in self._reports.values():
+            alike[report.compatibility].append(report.key)
+        cached_tokens: dict[str, int] = {}
+        for compatibility, workers in alike.items():
+            block_size = compatibility.block_size
+            hashes = chain_hashes(token_ids, block_size, chain_root(compatibility, salt))
+            try:
+                blocks = await self._index.locate(hashes, workers) if hashes else {}
+            except StoreUnavailable:
+                return {}
+            cached_tokens |= {worker.worker_id: count * block_size for worker, count in blocks.items()}
+        return cached_tokens

@@ -1,0 +1,45 @@
+"""Settings of one gateway process."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
+    port: int = field(default=8000, metadata={"help": "HTTP port (0: a free one)"})
+    redis: str = field(default="", metadata={"help": "URL of the Redis that the cluster shares"})
+    model: str = field(
+        default="", metadata={"help": "GGUF file or Hugging Face folder (default: the default model)"}
+    )
+    served_model_name: str = field(
+        default="", metadata={"help": "name that clients use (default: from the file)"}
+    )
+    route_split: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={"help": "prefill and decode on two workers: by cost, whenever possible, or never"},
+    )
+    inflight_max: int = field(
+        default=256, metadata={"help": "requests in this gateway at the same time; more get 429"}
+    )
+    request_timeout_s: float = field(
+        default=600.0, metadata={"help": "a request that takes longer ends with an error"}
+    )
+    admission_timeout_s: float = field(
+        default=30.0, metadata={"help": "how long a request may wait for a worker with room"}
+    )
+    attempts_max: int = field(
+        default=4, metadata={"help": "attempts per request; waiting for room is not counted"}
+    )
+    body_bytes_max: int = field(default=8 << 20, metadata={"help": "larger request bodies get 413"})
+    membership_poll_s: float = field(
+        default=0.1, metadata={"help": "how often to read which workers there are"}
+    )
+    drain_grace_s: float = field(
+        default=10.0, metadata={"help": "how long running answers may finish after SIGTERM"}
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "of equal routes, waiting times and seeds that clients leave out (0: from the OS)"},
+    )
+    log_level: str = field(default="INFO", metadata={"help": "DEBUG, INFO, WARNING or ERROR"})

@@ -1,0 +1,123 @@
+"""One generation request as an ASGI response: from the checked body to the last byte.
+
+The client may go at any time. Then everything of the request is cancelled at once, whether the
+answer is streamed or not.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from services.core.child_tasks import ChildTasks
+from services.core.errors import DiptychError
+from services.gateway.answer import TextDelta
+from services.gateway.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
+from services.gateway.gateway import Gateway
+from services.gateway.http_errors import error_body, internal_error_body
+from services.gateway.journal import Journal
+from services.gateway.responses import Timings
+from services.gateway.schema import ChatCompletionRequest, GenerationRequest
+from services.gateway.sse import EventStream
+
+logger = logging.getLogger(__name__)
+
+
+class Exchange(Response):
+    def __init__(self, gateway: Gateway, endpoint: str, body: GenerationRequest, http: Request) -> None:
+        super().__init__()
+        self._gateway, self._body = gateway, body
+        # Ours, not the client's: two requests with one X-Request-Id must not meet on a worker.
+        self._request_id = uuid.uuid4().hex
+        self._client_request_id: str = http.state.request_id
+        self._journal = Journal(endpoint, gateway.clock, gateway.metrics, http.state.received_at)
+        form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
+        self._format: AnswerFormat = form(self._request_id, gateway.model.name)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises a DiptychError only while no byte of the answer is sent."""
+        await while_connected(receive, self._respond(scope, receive, send))
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = EventStream(send)
+        try:
+            with self._journal.keeping(), self._gateway.admission.slot():
+                async with aclosing(self._deltas()) as deltas:
+                    if self._body.stream:
+                        await self._stream(deltas, stream)
+                    else:
+                        content = await self._whole(deltas)
+                        await Response(content, media_type="application/json")(scope, receive, send)
+        except DiptychError as error:
+            if not stream.started:
+                raise
+            await self._end_with(stream, error_body(error).model_dump_json())
+        except Exception:
+            if not stream.started:
+                raise
+            logger.exception("the request failed", extra={"request_id": self._request_id})
+            await self._end_with(stream, internal_error_body().model_dump_json())
+
+    async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
+        deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
+        generation = await self._gateway.prompts.read(self._body, self._request_id, deadline)
+        self._journal.admit(len(generation.prompt_ids))
+        context = {"request_id": self._request_id}
+        logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
+        async with aclosing(self._gateway.answer(generation, self._journal)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _whole(self, deltas: AsyncGenerator[TextDelta, None]) -> str:
+        collected = [delta async for delta in deltas]
+        finish = collected[-1].finish
+        assert finish is not None
+        text = "".join(delta.text for delta in collected)
+        token_ids = [token_id for delta in collected for token_id in delta.token_ids]
+        body = self._format.whole(text, finish, self._journal.usage)
+        return as_json(body, self._timings, self._if_wanted(token_ids))
+
+    async def _stream(self, deltas: AsyncGenerator[TextDelta, None], stream: EventStream) -> None:
+        opening = self._format.opening()
+        async for delta in deltas:
+            if opening is not None:
+                await stream.event(as_json(opening))
+                opening = None
+            ends = delta.finish is not None and not self._body.include_usage
+            timings, token_ids = self._timings if ends else None, self._if_wanted(delta.token_ids)
+            await stream.event(as_json(self._format.chunk(delta), timings, token_ids))
+        if self._body.include_usage:
+            await stream.event(as_json(self._format.usage_chunk(self._journal.usage), self._timings))
+        await stream.done()
+
+    def _if_wanted(self, token_ids: Sequence[int]) -> Sequence[int] | None:
+        return token_ids if self._body.return_token_ids else None
+
+    async def _end_with(self, stream: EventStream, error: str) -> None:
+        """An error after the first byte: the status is gone, so it is an event, and no [DONE] follows."""
+        await stream.event(error)
+        await stream.end()
+
+    @property
+    def _timings(self) -> Timings | None:
+        return self._journal.timings if self._body.timings else None
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it when the client goes."""
+    async with ChildTasks() as tasks:
+        working, leaving = tasks.start(work), tasks.start(_disconnect(receive))
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()  # raises what it raised
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

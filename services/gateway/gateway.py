@@ -1,0 +1,62 @@
+"""A gateway, composed: everything one process shares between its requests."""
+
+import random
+from collections.abc import AsyncGenerator
+
+from router.state import RouteOptions
+from services.core.clock import Clock
+from services.gateway.admission import Admission
+from services.gateway.answer import AnswerText, TextDelta, answer
+from services.gateway.attempts import Patience, RetryPolicy, attempts
+from services.gateway.cluster_view import ClusterView
+from services.gateway.config import GatewayConfig
+from services.gateway.detokenizer import Detokenizer
+from services.gateway.generation import Generation
+from services.gateway.journal import Journal
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.pipeline import Pipeline
+from services.gateway.prompt import PromptReader
+from services.gateway.served_model import ServedModel
+from services.gateway.stop import StopMatcher
+from services.gateway.worker_client import WorkerClient
+from services.index.protocol import PrefixIndex
+from services.membership.protocol import Membership
+
+
+class Gateway:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        model: ServedModel,
+        membership: Membership,
+        index: PrefixIndex,
+        workers: WorkerClient,
+        clock: Clock,
+    ) -> None:
+        self.config, self.model, self.clock = config, model, clock
+        self.metrics = GatewayMetrics()
+        self.admission = Admission(config.inflight_max, self.metrics)
+        self.view = ClusterView(membership, index, workers, clock, model.name)
+        self.draining = False
+        self._rng = random.Random(config.seed or None)
+        self.prompts = PromptReader(
+            model, lambda: self.view.context_tokens_max(model.context_tokens_max), self._rng
+        )
+        options = RouteOptions(split=config.route_split)
+        self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
+        self._retry_policy = RetryPolicy(config.attempts_max, config.admission_timeout_s)
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests should come here."""
+        return self.view.ready and not self.draining
+
+    def answer(self, generation: Generation, journal: Journal) -> AsyncGenerator[TextDelta, None]:
+        """The way of one request, layer around layer. To be closed by whoever stops early."""
+        patience = Patience(self._retry_policy, generation.deadline, self.clock, self._rng)
+        text = AnswerText(
+            Detokenizer(self.model.token_bytes, skip_special_tokens=generation.skip_special_tokens),
+            StopMatcher(generation.stop),
+            generation.sampling.min_tokens,
+        )
+        return answer(attempts(generation, self._pipeline, self.view, patience), text, journal)

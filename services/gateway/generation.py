@@ -1,0 +1,63 @@
+"""What flows through the request path: a validated request going down, events coming up.
+
+Generation ──>  attempts  ──>  pipeline  ──>  dispatch  ──>  workers
+TextDelta  <──  answer  <──  Routed, PrefillResult, Started, OutputToken, AttemptFailed
+"""
+
+from dataclasses import dataclass
+
+from router.state import Route
+from services.core.errors import DiptychError
+from services.core.sampling import SamplingParams
+from services.core.worker_report import WorkerReport
+from services.gateway.worker_client import OutputToken, PrefillResult, Sequence, Started
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request as tokens. Everything random in it is drawn, so attempts repeat each other."""
+
+    request_id: str  # ours: unique in the cluster
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    deadline: float  # on the gateway's clock
+    salt: str = ""
+    stop: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+
+    def sequence(self, attempt: int, delivered: list[int]) -> Sequence:
+        return Sequence(
+            request_id=self.request_id,
+            attempt=attempt,
+            prompt_ids=self.prompt_ids,
+            output_ids=list(delivered),
+            sampling=self.sampling,
+            salt=self.salt,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Where an attempt goes. No prefill worker: the decode worker computes the prompt itself."""
+
+    route: Route
+    prefill: WorkerReport | None
+    decode: WorkerReport | None
+
+    @property
+    def kind(self) -> str:
+        if self.decode is None:
+            return "prefill_only"
+        return "decode_alone" if self.prefill is None else "split"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """The last event of an attempt that did not finish the answer."""
+
+    error: DiptychError
+    culprit: WorkerReport | None = None
+
+
+WorkerEvent = PrefillResult | Started | OutputToken
+Event = Routed | WorkerEvent | AttemptFailed

@@ -1,0 +1,117 @@
+"""The gateway process: composes the real parts, serves until a signal, drains and goes."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from services.core.child_tasks import ChildTasks
+from services.core.clock import SystemClock
+from services.core.errors import ConfigError
+from services.core.log import setup_logging
+from services.gateway.app import build_app
+from services.gateway.config import GatewayConfig
+from services.gateway.gateway import Gateway
+from services.gateway.grpc_worker_client import GrpcWorkerClient
+from services.gateway.served_model import ServedModel
+from services.index.redis_index import RedisPrefixIndex
+from services.membership.redis_membership import RedisMembership
+from services.model.files import open_model
+from services.model.pull import ensure_default_model
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75  # idle connections of clients; longer than most proxies keep theirs
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with signals left to us: its own handling raises them again at the end, which would
+    kill the process before the connections to workers and Redis are closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(config: GatewayConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError and ModelFileError before anything listens."""
+    setup_logging("gateway", level=config.log_level)
+    uvloop.run(serve(config))
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Run one gateway in the present event loop; see `run`."""
+    if not config.redis:
+        raise ConfigError("the gateway needs --redis URL: the Redis that the workers announce themselves in")
+    with _listening_socket(config.host, config.port) as listener:
+        model = await asyncio.to_thread(_load_model, config)
+        membership, index = RedisMembership(config.redis), RedisPrefixIndex(config.redis)
+        workers = GrpcWorkerClient()
+        try:
+            await _serve(Gateway(config, model, membership, index, workers, SystemClock()), listener)
+        finally:
+            await workers.close()
+            await index.close()
+            await membership.close()
+
+
+async def _serve(gateway: Gateway, listener: socket.socket) -> None:
+    await gateway.view.refresh()
+    server = Server(_server_config(gateway))
+    _drain_on_signals(gateway, server)
+    async with ChildTasks() as tasks:
+        following = tasks.start(gateway.view.follow(gateway.config.membership_poll_s))
+        serving = tasks.start(server.serve(sockets=[listener]))
+        host, port = listener.getsockname()[:2]
+        logger.info("serving %s on http://%s:%d/v1", gateway.model.name, host, port)
+        await asyncio.wait([following, serving], return_when=asyncio.FIRST_COMPLETED)
+        for task in (serving, following):
+            if task.done():
+                task.result()  # a gateway that cannot follow the cluster any more crashes
+
+
+def _drain_on_signals(gateway: Gateway, server: Server) -> None:
+    """The first signal drains, the second one ends at once."""
+
+    def stop() -> None:
+        server.force_exit = gateway.draining
+        gateway.draining = server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+
+def _server_config(gateway: Gateway) -> uvicorn.Config:
+    return uvicorn.Config(
+        build_app(gateway),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(gateway.config.drain_grace_s)),
+    )
+
+
+def _load_model(config: GatewayConfig) -> ServedModel:
+    path = Path(config.model) if config.model else ensure_default_model()
+    return ServedModel.of(open_model(path), config.served_model_name)
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port or --host"
+        ) from error

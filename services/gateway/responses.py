@@ -1,0 +1,129 @@
+"""What the API answers, in OpenAI's shapes. Fields that are not set do not appear in the JSON."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from services.core.sampling import FinishReason
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Timings(BaseModel):
+    """Where the request's time went, in milliseconds, of the last attempt where there were several."""
+
+    tokenize: float  # until the prompt was tokens
+    route: float  # looking for cached prefixes and a route, waiting for room included
+    queue: float  # at the prefill worker, before it began to compute
+    prefill: float
+    transfer: float  # KV from prefill to decode worker, mostly while the prefill runs
+    exposed_transfer: float  # the part after the prefill's end
+    first_token: float  # from the request's arrival
+    decode: float  # from the first to the last token
+    total: float
+    tokens_per_second: float  # while decoding
+    prefill_worker: str | None  # null: the decode worker computed the prompt itself
+    decode_worker: str | None
+    cached_tokens_prefill: int
+    cached_tokens_decode: int
+    attempts: int
+
+
+class ChatAnswer(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: None = None
+    finish_reason: FinishReason
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    timings: Timings | None = None
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: None = None
+    finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
+
+
+class Completion(BaseModel):
+    """Both the whole answer and a chunk of it; chunks have no usage before the last one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int  # tokens of prompt and answer together
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetails

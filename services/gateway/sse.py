@@ -1,0 +1,34 @@
+"""Server-sent events: the response of a streamed answer, begun when its first event is there.
+
+Until then nothing is sent, so a request that fails before its first token still gets a proper status.
+"""
+
+from starlette.types import Send
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect events before it passes them on
+]
+
+
+class EventStream:
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def event(self, data: str) -> None:
+        """Send `data`, which is one line."""
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        body = f"data: {data}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def done(self) -> None:
+        """End in the way that tells OpenAI clients that the answer is whole."""
+        await self.event("[DONE]")
+        await self.end()

@@ -1,0 +1,81 @@
+"""The gateway's side of a worker: a seam with a gRPC implementation and an in-memory twin.
+
+Both calls belong to one attempt of one request. Whoever closes or cancels a call cancels the work on
+the worker at once; a call that ends by itself has left nothing behind.
+"""
+
+from collections.abc import AsyncGenerator, Collection
+from typing import Protocol
+
+import msgspec
+
+from services.core.sampling import FinishReason, SamplingParams
+from services.core.worker_report import WorkerReport
+
+
+class Sequence(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt of one request. `output_ids` are the tokens that earlier attempts delivered."""
+
+    request_id: str  # unique in the cluster
+    attempt: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampling: SamplingParams
+    salt: str = ""
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens whose KV the next one needs."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def tokens_left(self) -> int:
+        return self.sampling.max_tokens - len(self.output_ids)
+
+
+class OutputToken(msgspec.Struct, frozen=True):
+    index: int  # position in the answer, from 0
+    token: int
+    finish: FinishReason | None = None
+
+
+class PrefillResult(msgspec.Struct, frozen=True):
+    first: OutputToken
+    cached_tokens: int  # of the known tokens, found in the worker's prefix cache
+    queue_ms: float
+    compute_ms: float
+
+
+class Started(msgspec.Struct, frozen=True):
+    """A decode worker has the KV, or room to compute it; its tokens follow."""
+
+    cached_tokens: int  # of the known tokens, found in the worker's prefix cache
+    transferred_bytes: int
+    transfer_ms: float  # from the pull's opening to the confirmed lease
+    exposed_ms: float  # the part of it after the prefill's end
+
+
+DecodeEvent = Started | OutputToken
+
+
+class WorkerClient(Protocol):
+    async def prefill(self, worker: WorkerReport, sequence: Sequence, *, expect_pull: bool) -> PrefillResult:
+        """The first token. With `expect_pull` the KV is kept for the decode worker that pulls it."""
+        ...
+
+    def decode(
+        self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
+    ) -> AsyncGenerator[DecodeEvent, None]:
+        """Started, then the tokens up to one with a finish reason.
+
+        With a `source` the KV is pulled from there and the first token of the attempt is not repeated;
+        without, the worker computes the prompt itself. Raises the error that the worker reported, or
+        WorkerLost. To be closed (`contextlib.aclosing`) by whoever stops early.
+        """
+        ...
+
+    async def keep_only(self, live: Collection[WorkerReport]) -> None:
+        """Drop connections to all other workers; calls still open there end with WorkerLost."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,98 @@
+"""When a request may try again, what it avoids, and when its patience ends. On a manual clock."""
+
+import random
+
+import pytest
+
+from services.core.clock import ManualClock
+from services.core.errors import FACTS, DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost
+from services.gateway.attempts import EXCLUSION_S, PAUSE_MAX_S, PAUSE_MIN_S, Patience, RetryPolicy
+from services.gateway.generation import AttemptFailed
+from tests.unit.gateway.scripted_worker_server import report
+
+D1 = report("d1", "decode")
+POLICY = RetryPolicy(attempts_max=3, admission_timeout_s=10.0)
+
+
+class JumpingClock(ManualClock):
+    """Sleeping takes no time but its own."""
+
+    async def sleep(self, seconds: float) -> None:
+        self.advance(seconds)
+
+
+def patience(clock: ManualClock, deadline: float = 1000.0) -> Patience:
+    return Patience(POLICY, deadline, clock, random.Random(3))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, facts in FACTS.items() if not facts.retryable])
+def test_errors_that_another_attempt_cannot_help_end_the_request(kind: type[DiptychError]) -> None:
+    with pytest.raises(kind):
+        patience(ManualClock()).admit_failure(AttemptFailed(kind("no"), D1))
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k, f in FACTS.items() if f.retryable and k not in (Overloaded, NoWorker)]
+)
+def test_failures_are_bounded_and_the_last_error_is_raised(kind: type[DiptychError]) -> None:
+    budget = patience(ManualClock())
+    budget.admit_failure(AttemptFailed(kind("first"), D1))
+    budget.admit_failure(AttemptFailed(kind("second"), D1))
+    with pytest.raises(kind, match="third"):
+        budget.admit_failure(AttemptFailed(kind("third"), D1))
+
+
+@pytest.mark.parametrize("error", [Overloaded("full", retry_after_s=3), NoWorker("none")])
+async def test_waiting_for_capacity_lasts_as_long_as_the_policy_says(error) -> None:
+    clock = JumpingClock()
+    budget, failed = patience(clock), AttemptFailed(error, D1)
+    waits = 0
+
+    async def wait_for_ever() -> None:
+        nonlocal waits
+        while True:
+            budget.admit_failure(failed)
+            await budget.pause(failed)
+            waits += 1
+
+    with pytest.raises(type(error)):
+        await wait_for_ever()
+    assert POLICY.admission_timeout_s <= clock.now() <= POLICY.admission_timeout_s + PAUSE_MAX_S
+    assert POLICY.admission_timeout_s / PAUSE_MAX_S <= waits <= POLICY.admission_timeout_s / PAUSE_MIN_S
+    assert budget.excluded == set()
+
+
+async def test_progress_lets_the_waiting_start_anew() -> None:
+    clock = JumpingClock()
+    budget, full = patience(clock), AttemptFailed(Overloaded("full"))
+    budget.admit_failure(full)
+    clock.advance(POLICY.admission_timeout_s - 1)
+    budget.progress()
+    budget.admit_failure(full)
+    clock.advance(POLICY.admission_timeout_s - 1)
+    budget.admit_failure(full)
+
+
+async def test_the_deadline_ends_the_waiting() -> None:
+    clock = JumpingClock()
+    budget, full = patience(clock, deadline=0.01), AttemptFailed(Overloaded("full"))
+    budget.admit_failure(full)
+    with pytest.raises(DeadlineExceeded):
+        await budget.pause(full)
+
+
+async def test_after_other_failures_the_next_attempt_comes_at_once() -> None:
+    clock = JumpingClock()
+    budget, lost = patience(clock), AttemptFailed(WorkerLost("gone"), D1)
+    budget.admit_failure(lost)
+    await budget.pause(lost)
+    assert clock.now() == 0.0
+
+
+def test_a_failed_worker_is_avoided_for_a_while() -> None:
+    clock = ManualClock()
+    budget = patience(clock)
+    budget.admit_failure(AttemptFailed(WorkerLost("gone"), D1))
+    assert budget.excluded == {D1.key}
+    clock.advance(EXCLUSION_S)
+    assert budget.excluded == set()

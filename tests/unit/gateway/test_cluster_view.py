@@ -1,0 +1,184 @@
+"""What the gateway believes about the cluster, also while Redis is away or has lost everything."""
+
+import pytest
+
+from router.state import Offer, Route, WorkerView
+from services.core.block_hash import Compatibility, chain_hashes, chain_root
+from services.core.clock import ManualClock
+from services.gateway.cluster_view import LEASE_GRACE_S, SUSPICION_S, ClusterView
+from services.gateway.in_flight import REPORT_DELAY_S, InFlight
+from services.gateway.memory_worker_client import MemoryWorkerClient
+from services.index.memory_index import MemoryPrefixIndex
+from services.membership.memory_membership import MemoryMembership
+from tests.unit.gateway.scripted_worker_server import report
+
+D1, D2 = report("d1", "decode"), report("d2", "decode")
+
+
+class World:
+    def __init__(self) -> None:
+        self.clock = ManualClock(100.0)
+        self.membership = MemoryMembership(self.clock, ttl_s=1.0)
+        self.index = MemoryPrefixIndex(self.clock, ttl_s=1e9)
+        self.workers = MemoryWorkerClient(lambda prompt: [1])
+        self.view = ClusterView(self.membership, self.index, self.workers, self.clock, D1.served_model)
+
+    async def announce(self, *reports) -> None:
+        for worker in reports:
+            await self.membership.announce(worker)
+        await self.view.refresh()
+
+    @property
+    def ids(self) -> list[str]:
+        return [worker.worker_id for worker in self.view.reports]
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_a_worker_is_kept_for_a_grace_time_and_then_dropped(world) -> None:
+    await world.announce(D1)
+    world.clock.advance(LEASE_GRACE_S)
+    await world.view.refresh()
+    assert world.ids == ["d1"]
+    world.clock.advance(0.1)
+    await world.view.refresh()
+    assert world.ids == []
+    assert not world.view.ready
+
+
+async def test_a_restarted_redis_that_knows_nobody_empties_nothing(world) -> None:
+    await world.announce(D1, D2)
+    world.membership.lose_everything()
+    await world.view.refresh()
+    assert world.ids == ["d1", "d2"]
+    world.clock.advance(0.25)
+    await world.announce(D1)
+    assert world.view.ready
+
+
+async def test_no_time_counts_while_redis_is_away(world) -> None:
+    await world.announce(D1)
+    world.membership.available = False
+    for _ in range(3):
+        world.clock.advance(10 * LEASE_GRACE_S)
+        await world.view.refresh()
+    assert world.ids == ["d1"]
+    world.membership.available = True
+    await world.view.refresh()
+    assert world.ids == ["d1"], "workers need a moment to announce themselves again"
+    world.clock.advance(LEASE_GRACE_S + 0.1)
+    await world.view.refresh()
+    assert world.ids == []
+
+
+async def test_a_new_incarnation_replaces_the_old_one_at_once(world) -> None:
+    await world.announce(D1)
+    await world.announce(report("d1", "decode", epoch=2))
+    assert [worker.epoch for worker in world.view.reports] == [2]
+
+
+async def test_workers_of_another_model_are_not_seen(world) -> None:
+    await world.announce(D1, report("d2", "decode", served_model="other"))
+    assert world.ids == ["d1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ready"),
+    [({}, True), ({"role": "both"}, True), ({"role": "prefill"}, False), ({"state": "draining"}, False)],
+)
+async def test_ready_means_a_ready_decode_worker(world, changes, ready) -> None:
+    await world.announce(report("w", changes.pop("role", "decode"), **changes))
+    assert world.view.ready is ready
+
+
+async def test_a_suspect_is_not_offered_for_a_moment(world) -> None:
+    await world.announce(D1, D2)
+    world.view.suspect(D1.key)
+    assert {view.id: view.ready for view in world.view.worker_views()} == {"d1": False, "d2": True}
+    world.clock.advance(SUSPICION_S + 0.1)
+    assert all(view.ready for view in world.view.worker_views())
+
+
+async def test_a_report_becomes_a_view_with_the_same_numbers(world) -> None:
+    worker = report(
+        "w",
+        "both",
+        blocks_free=10,
+        blocks_cached=5,
+        running=3,
+        waiting=2,
+        queued_prefill_tokens=70,
+        prefill_ms_per_token=1.5,
+        decode_step_ms=20.0,
+    )
+    await world.announce(worker)
+    (view,) = world.view.worker_views()
+    assert (view.id, view.prefills, view.decodes, view.ready) == ("w", True, True, True)
+    assert (view.blocks_available, view.block_size, view.running, view.waiting) == (15, 16, 3, 2)
+    assert (view.queued_prefill_tokens, view.prefill_ms_per_token, view.decode_step_ms) == (70, 1.5, 20.0)
+
+
+async def test_only_compatible_workers_get_equal_keys(world) -> None:
+    other = Compatibility(model="m", revision="r2", layout="l")
+    await world.announce(D1, D2, report("d3", "decode", compatibility=other))
+    first, second, third = (view.compatibility for view in world.view.worker_views())
+    assert first == second != third
+
+
+class TestLocate:
+    async def test_caches_are_found_per_block_size_and_given_in_tokens(self, world) -> None:
+        small = Compatibility(model="m", revision="r", layout="l", block_size=4)
+        d3 = report("d3", "decode", compatibility=small)
+        await world.announce(D1, D2, d3)
+        tokens = list(range(40))
+        for worker, blocks in ((D1, 2), (D2, 1), (d3, 7)):
+            root = chain_root(worker.compatibility, "salt")
+            hashes = chain_hashes(tokens, worker.compatibility.block_size, root)
+            await world.index.publish(worker.key, hashes[:blocks], [])
+        assert await world.view.locate(tokens, "salt") == {"d1": 32, "d2": 16, "d3": 28}
+        assert set((await world.view.locate(tokens, "other tenant")).values()) == {0}
+
+    async def test_a_prompt_below_a_block_is_not_looked_up(self, world) -> None:
+        await world.announce(D1)
+        world.index.available = False
+        assert await world.view.locate([1, 2, 3], "") == {}
+
+    async def test_without_redis_nothing_is_cached_and_nothing_fails(self, world) -> None:
+        await world.announce(D1)
+        world.index.available = False
+        assert await world.view.locate(list(range(40)), "") == {}
+
+
+class TestInFlight:
+    VIEW = WorkerView(id="d1", prefills=True, decodes=True, blocks_available=10, block_size=16)
+
+    def route(self, part: str, cached: int = 0) -> Route:
+        offer = Offer(worker=self.VIEW, part=part, cached_tokens=cached)
+        return Route((offer,), (offer,))
+
+    @pytest.mark.parametrize(
+        ("part", "queued", "running"), [("prefill", 30, 0), ("decode", 0, 1), ("alone", 30, 1)]
+    )
+    def test_sent_work_is_added_until_it_ends(self, part, queued, running) -> None:
+        in_flight = InFlight(ManualClock())
+        with in_flight.sent(self.route(part, cached=10), 40):
+            view = in_flight.added_to(self.VIEW, reports_arrive=True)
+            assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (queued, running, 6)
+        assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
+
+    def test_sent_work_is_not_counted_twice_once_reports_include_it(self) -> None:
+        clock = ManualClock()
+        in_flight = InFlight(clock)
+        with in_flight.sent(self.route("alone"), 40):
+            clock.advance(REPORT_DELAY_S)
+            assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
+            assert in_flight.added_to(self.VIEW, reports_arrive=False).running == 1
+
+    def test_a_burst_adds_up_and_never_below_zero_blocks(self) -> None:
+        in_flight = InFlight(ManualClock())
+        with in_flight.sent(self.route("alone"), 100), in_flight.sent(self.route("alone"), 100):
+            view = in_flight.added_to(self.VIEW, reports_arrive=True)
+            assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (200, 2, 0)

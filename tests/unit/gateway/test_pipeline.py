@@ -1,0 +1,133 @@
+"""One attempt: events in index order, whatever order the two workers deliver them in."""
+
+import random
+from contextlib import aclosing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.state import RouteOptions
+from services.core.clock import SystemClock
+from services.core.errors import EngineFailed, NoWorker
+from services.core.sampling import SamplingParams
+from services.gateway.cluster_view import ClusterView
+from services.gateway.generation import AttemptFailed, Routed
+from services.gateway.memory_worker_client import Fault, MemoryWorkerClient
+from services.gateway.pipeline import Pipeline, in_index_order
+from services.gateway.worker_client import OutputToken, PrefillResult, Sequence, Started
+from services.index.memory_index import MemoryPrefixIndex
+from services.membership.memory_membership import MemoryMembership
+from tests.unit.gateway.scripted_worker_server import report
+
+STARTED = Started(0, 0, 0.0, 0.0)
+
+
+async def arriving(events):
+    for event in events:
+        yield event
+
+
+async def ordered(events, next_index: int = 0) -> list:
+    return [event async for event in in_index_order(arriving(events), next_index)]
+
+
+def tokens_of(events) -> list[int]:
+    return [event.index for event in events if isinstance(event, OutputToken)]
+
+
+async def test_a_second_token_that_comes_first_waits_for_the_first() -> None:
+    first = PrefillResult(OutputToken(0, 50), 3, 1.0, 2.0)
+    events = [STARTED, OutputToken(1, 51), first, OutputToken(2, 52, "length")]
+    assert await ordered(events) == [
+        STARTED,
+        first,
+        OutputToken(0, 50),
+        OutputToken(1, 51),
+        OutputToken(2, 52, "length"),
+    ]
+
+
+async def test_nothing_follows_the_token_that_ends_the_answer() -> None:
+    events = [OutputToken(0, 1), OutputToken(1, 2, "stop"), OutputToken(2, 3), STARTED]
+    assert tokens_of(await ordered(events)) == [0, 1]
+
+
+async def test_tokens_before_the_resumed_point_are_dropped() -> None:
+    assert tokens_of(await ordered([OutputToken(n, n) for n in range(6)], next_index=4)) == [4, 5]
+
+
+@given(st.lists(st.integers(0, 8), max_size=40), st.integers(0, 4))
+async def test_any_arrival_gives_consecutive_tokens_without_duplicates(indices, next_index) -> None:
+    emitted = tokens_of(await ordered([OutputToken(n, n) for n in indices], next_index))
+    assert emitted == list(range(next_index, next_index + len(emitted)))
+    assert next_index + len(emitted) not in indices
+
+
+class World:
+    def __init__(self, split: str = "always") -> None:
+        clock = SystemClock()
+        self.workers = MemoryWorkerClient(lambda prompt: [7, 8, 9])
+        self.membership = MemoryMembership(clock, ttl_s=3600)
+        index = MemoryPrefixIndex(clock)
+        self.view = ClusterView(self.membership, index, self.workers, clock, report("w", "both").served_model)
+        options = RouteOptions(split=split)
+        self.pipeline = Pipeline(self.view, self.workers, options, clock, random.Random(1))
+        self.deadline = clock.now() + 60
+
+    async def attempt(self, *reports, excluded=(), **sampling) -> list:
+        for worker in reports:
+            await self.membership.announce(worker)
+        await self.view.refresh()
+        sequence = Sequence(
+            request_id="r",
+            attempt=1,
+            prompt_ids=[1, 2, 3],
+            output_ids=[],
+            sampling=SamplingParams(**{"max_tokens": 3, **sampling}),
+        )
+        async with aclosing(self.pipeline.attempt(sequence, excluded, self.deadline)) as events:
+            return [event async for event in events]
+
+
+P, D = report("p", "prefill"), report("d", "decode")
+
+
+async def test_a_split_attempt_dispatches_both_and_decode_names_its_source() -> None:
+    world = World()
+    routed, *events = await world.attempt(P, D)
+    assert isinstance(routed, Routed)
+    assert (routed.prefill, routed.decode, routed.kind) == (P, D, "split")
+    assert tokens_of(events) == [0, 1, 2]
+    assert {call.kind: call.source for call in world.workers.calls} == {"prefill": None, "decode": P.key}
+
+
+async def test_without_any_worker_the_attempt_fails_with_no_worker() -> None:
+    (failed,) = await World().attempt()
+    assert isinstance(failed.error, NoWorker)
+
+
+async def test_excluded_incarnations_are_not_used_and_later_ones_are() -> None:
+    (failed,) = await World().attempt(D, excluded={D.key})
+    assert isinstance(failed, AttemptFailed)
+    routed, *_ = await World().attempt(report("d", "decode", epoch=2), excluded={D.key})
+    assert routed.decode.epoch == 2
+
+
+@pytest.mark.parametrize(("kind", "culprit"), [("prefill", P), ("decode", D)])
+async def test_a_failure_names_the_worker_it_came_from(kind, culprit) -> None:
+    world = World()
+    world.workers.script(culprit.worker_id, kind, Fault(EngineFailed("boom")))
+    world.workers.script(
+        "p" if kind == "decode" else "d", "decode" if kind == "prefill" else "prefill", Fault()
+    )
+    *_, failed = await world.attempt(P, D)
+    assert failed.culprit == culprit
+    assert world.workers.running == []
+
+
+async def test_an_attempt_that_ends_leaves_nothing_in_flight() -> None:
+    world = World()
+    await world.attempt(P, D)
+    assert [view.running for view in world.view.worker_views()] == [0, 0]
+    assert [view.queued_prefill_tokens for view in world.view.worker_views()] == [0, 0]
