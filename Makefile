@@ -49,5 +49,9 @@ format: setup
 proto: setup
 	@$(PY) -m services.wire.generate
 
+# The share of allocated KV slots that hold no token, on real request lengths (LENGTHS=file.csv).
+bench-kv: setup
+	@$(PY) -m tests.bench.kv_waste $(if $(LENGTHS),--lengths $(LENGTHS))
+
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -73,9 +73,8 @@ class Engine:
 
     def step(self) -> bool:
         """Admit, schedule, run, commit. False: there was nothing to run."""
-        for sequence in self._scheduler.admit_waiting():
-            self._report_admitted(sequence)
         chunks = self._scheduler.schedule(self._times.prefill_ms_per_token)
+        self._collect_admitted()
         self._collect_revoked()
         if not chunks:
             return False
@@ -125,8 +124,8 @@ class Engine:
     def _refusal(self, sequence: Sequence) -> DiptychError | None:
         """Why the sequence cannot be taken; None takes it (a reservation with its blocks)."""
         if sequence.kind == "receive":
-            # A reservation never waits here: its prefill would wait with it. Those who wait go first.
-            if self._scheduler.waiting or not self._scheduler.admit(sequence):
+            # A reservation never waits here: its prefill would wait with it.
+            if not self._scheduler.reserve(sequence):
                 return Overloaded("the decode worker has no free KV blocks for this prompt now")
         elif self._scheduler.full:
             return Overloaded("the worker's queue is full")
@@ -159,7 +158,7 @@ class Engine:
         sequence.computed += chunk.tokens
         sequence.seal(self._pool)
         if sequence.kind == "prefill":
-            self._advanced.append(Advanced(sequence.seq_id, sequence.computed))
+            self._advanced.append(Advanced(sequence.seq_id, sequence.computed, list(sequence.blocks)))
         if token is None:
             return
         finish = sequence.append(token)
@@ -186,6 +185,11 @@ class Engine:
         self._prefix_hit_tokens += sequence.computed
         queue_ms = (self._clock.now() - sequence.arrived_s) * 1e3
         self._admitted.append(Admitted(sequence.seq_id, list(sequence.blocks), sequence.computed, queue_ms))
+
+    def _collect_admitted(self) -> None:
+        for sequence in self._scheduler.newly_running:
+            self._report_admitted(sequence)
+        self._scheduler.newly_running.clear()
 
     def _collect_revoked(self) -> None:
         self._revoked.extend(Revoked(sequence.seq_id) for sequence in self._scheduler.revoked)

@@ -80,8 +80,8 @@ Command = Submit | Landed | Start | Drop
 
 class Admitted(msgspec.Struct, frozen=True):
     seq_id: str
-    block_ids: list[int]  # all blocks of the known tokens, in order
-    cached_tokens: int  # their leading part that was already computed
+    block_ids: list[int]  # of a reservation: all its blocks, in order; else those of the cached prefix
+    cached_tokens: int  # the leading part of the known tokens that was already computed
     queue_ms: float
 
 
@@ -92,10 +92,11 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Advanced(msgspec.Struct, frozen=True):
-    """The KV of all tokens before `computed` is final and may be read."""
+    """The KV of all tokens before `computed` is final and may be read from `block_ids`."""
 
     seq_id: str
     computed: int
+    block_ids: list[int]
 
 
 class Token(msgspec.Struct, frozen=True):

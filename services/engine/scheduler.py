@@ -1,13 +1,16 @@
 """Which sequences run in the next step, and with how many tokens.
 
 One budget, no phases. Decoding sequences come first, one token each. What is left of the step goes
-to sequences with uncomputed tokens, oldest first, at least one block each step if any waits. When a
+to sequences with uncomputed tokens, oldest first, at least one block each step if any waits; waiting
+sequences are admitted when the older ones leave some of it. A sequence that computes here gets its
+blocks chunk by chunk, a reservation all at once. When a
 decoding sequence needs a block and none is available, room is made in this order: cached blocks
 (the pool evicts them by itself), the newest reservation (asked back: its blocks come with a later
 command, since KV may still be landing in them), the newest preemptible sequence.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.engine.block_pool import BlockPool
@@ -29,6 +32,7 @@ class Scheduler:
         self._limits = limits
         self.waiting: deque[Sequence] = deque()
         self.admitted: list[Sequence] = []  # hold blocks; oldest first
+        self.newly_running: list[Sequence] = []  # admitted since the engine last looked
         self.revoked: list[Sequence] = []  # reservations asked back since the engine last looked
         self.preemptions = 0
 
@@ -45,45 +49,66 @@ class Scheduler:
         owner.remove(sequence)
         sequence.surrender(self._pool)
 
-    def admit_waiting(self) -> list[Sequence]:
-        """Give waiting sequences their blocks, in order of arrival, while there is room."""
-        admitted: list[Sequence] = []
-        while self.waiting and self.admit(self.waiting[0]):
-            admitted.append(self.waiting.popleft())
-        return admitted
-
-    def admit(self, sequence: Sequence) -> bool:
-        """Allocate blocks for all known tokens, reusing the cached prefix. False: no room now."""
-        if len(self.admitted) >= self._limits.sequences_max:
+    def reserve(self, sequence: Sequence) -> bool:
+        """Take all blocks of a `receive` sequence at once. False: no room beside those who are here."""
+        queued = sum(self._pool.blocks_for(waiting.known) for waiting in self.waiting)
+        if not self._admit(sequence, sequence.known, keep_free=queued):
             return False
-        size = self._pool.block_size
-        # A sequence that computes here must compute at least its last token, to get logits.
-        usable = sequence.known if sequence.kind == "receive" else sequence.known - 1
-        matched = self._pool.match(sequence.hashes(size)[: usable // size])
-        needed = self._pool.blocks_for(sequence.known) - len(matched)
-        if not self._pool.can_allocate(needed + self._growth_reserve(), keep=matched):
-            return False
-        self._pool.acquire(matched)
-        sequence.adopt(matched, self._pool.allocate(needed), size)
-        sequence.state = State.RECEIVING if sequence.kind == "receive" else State.RUNNING
-        self.admitted.append(sequence)
+        missing = self._pool.blocks_for(sequence.known) - len(sequence.blocks)
+        sequence.blocks.extend(self._pool.allocate(missing))
+        sequence.state = State.RECEIVING
         return True
 
     def schedule(self, prefill_ms_per_token: float) -> list[Chunk]:
         """The next step's work. Blocks for all of it are allocated when this returns."""
         decoding = [Chunk(sequence, 1) for sequence in self._grown_decoding()]
         budget = self._prefill_budget(prefill_ms_per_token if decoding else 0.0)
-        return decoding + self._prefill_chunks(budget)
+        return decoding + self._prefill_chunks(budget, spare=len(decoding))
 
-    def _prefill_chunks(self, budget: int) -> list[Chunk]:
+    def _prefill_chunks(self, budget: int, spare: int) -> list[Chunk]:
+        """Chunks of together at most `budget` tokens, leaving `spare` blocks for growth."""
         chunks: list[Chunk] = []
-        for sequence in self.admitted:
-            if sequence.state is not State.RUNNING or sequence.decoding or budget <= 0:
-                continue
-            tokens = min(sequence.remaining, budget)
-            chunks.append(Chunk(sequence, tokens))
-            budget -= tokens
+        for sequence in self._computing():
+            tokens = self._extend(sequence, min(sequence.remaining, budget), spare)
+            if tokens:
+                chunks.append(Chunk(sequence, tokens))
+                budget -= tokens
+            if budget <= 0 or sequence.remaining > tokens:
+                break  # those behind wait for this one, so that at most one prompt is half computed
         return chunks
+
+    def _computing(self) -> Iterator[Sequence]:
+        """Sequences with uncomputed tokens, oldest first, then waiting ones, admitted when asked for."""
+        yield from [s for s in self.admitted if s.state is State.RUNNING and not s.decoding]
+        # A sequence that computes here must compute at least its last token, to get logits.
+        while self.waiting and self._admit(self.waiting[0], self.waiting[0].known - 1):
+            sequence = self.waiting.popleft()
+            sequence.state = State.RUNNING
+            self.newly_running.append(sequence)
+            yield sequence
+
+    def _admit(self, sequence: Sequence, reusable_tokens: int, keep_free: int = 0) -> bool:
+        """Let a sequence in with its cached prefix, if all its known tokens would find room now."""
+        if len(self.admitted) >= self._limits.sequences_max:
+            return False
+        size = self._pool.block_size
+        matched = self._pool.match(sequence.hashes(size)[: reusable_tokens // size])
+        needed = self._pool.blocks_for(sequence.known) - len(matched)
+        if not self._pool.can_allocate(needed + self._expected_growth() + keep_free, keep=matched):
+            return False
+        self._pool.acquire(matched)
+        sequence.adopt(matched, size)
+        self.admitted.append(sequence)
+        return True
+
+    def _extend(self, sequence: Sequence, tokens: int, spare: int) -> int:
+        """Allocate blocks for up to `tokens` more tokens; how many have room."""
+        size = self._pool.block_size
+        free = max(self._pool.available - spare, 0)
+        tokens = min(tokens, (len(sequence.blocks) + free) * size - sequence.computed)
+        missing = self._pool.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
+        sequence.blocks.extend(self._pool.allocate(max(missing, 0)))
+        return tokens
 
     def _prefill_budget(self, ms_per_token: float) -> int:
         """Prompt tokens for one step; `ms_per_token` above 0 keeps it near the target length."""
@@ -93,9 +118,12 @@ class Scheduler:
         size = self._pool.block_size
         return max(budget // size, 1) * size
 
-    def _growth_reserve(self) -> int:
-        """Blocks that sequences already here will want soon: one each."""
-        return sum(sequence.state is not State.HELD for sequence in self.admitted)
+    def _expected_growth(self) -> int:
+        """Blocks that sequences already here will want: for the rest of their known tokens, and one more."""
+        pool = self._pool
+        return sum(
+            pool.blocks_for(s.known) - len(s.blocks) + 1 for s in self.admitted if s.state is not State.HELD
+        )
 
     def _grown_decoding(self) -> list[Sequence]:
         """Decoding sequences that have a slot for their next token, after making room."""

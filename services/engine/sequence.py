@@ -96,9 +96,9 @@ class Sequence:
                 pool.seal(self.blocks[index], hashes[index])
             self._sealed = full
 
-    def adopt(self, matched: Ids[int], fresh: Ids[int], block_size: int) -> None:
-        """Take `matched` (already computed) and `fresh` blocks as the block table."""
-        self.blocks = [*matched, *fresh]
+    def adopt(self, matched: Ids[int], block_size: int) -> None:
+        """Begin the block table with `matched` blocks, which are computed already."""
+        self.blocks = list(matched)
         self.computed = len(matched) * block_size
         self._sealed = len(matched)
 

@@ -95,7 +95,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             case Admitted():
                 lease.admitted(event.block_ids, event.cached_tokens, event.queue_ms)
             case Advanced():
-                lease.advanced(event.computed)
+                lease.advanced(event.computed, event.block_ids)
             case Token():
                 lease.finished(FirstToken(event.index, event.token, event.finish), self._clock.now())
             case Refused():

@@ -47,8 +47,9 @@ class Lease:
         self.queue_ms = queue_ms
         self._notify()
 
-    def advanced(self, computed: int) -> None:
+    def advanced(self, computed: int, block_ids: list[int]) -> None:
         self.computed = computed
+        self.block_ids = block_ids
         self._notify()
 
     def finished(self, first: FirstToken, at_s: float) -> None:

@@ -120,6 +120,29 @@ def test_a_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert all(step.prefill_tokens <= LIMITS.chunk_tokens_max for step in steps)
 
 
+def test_a_prompt_gets_its_blocks_chunk_by_chunk() -> None:
+    subject = engine()
+    subject.handle(submit("long", list(range(40)), max_tokens=2))
+    used = []
+    while subject.step():
+        gauges = subject.take_report().gauges
+        used.append(gauges.blocks_total - gauges.blocks_free - gauges.blocks_cached)
+    assert used == [2, 4, 6, 8, 10, 0]
+
+
+def test_a_reservation_leaves_room_for_prompts_that_are_half_computed_or_waiting() -> None:
+    subject = engine(blocks=16)
+    subject.handle(submit("computing", list(range(30)), max_tokens=2))  # will want nine blocks
+    subject.step()
+    subject.handle(submit("waiting", [1, 2, 3, 4], max_tokens=2))
+    subject.take_report()
+    subject.handle(submit("fits", [1] * 16, kind="receive"))
+    subject.handle(submit("does not", [2] * 17, kind="receive"))
+    report = subject.take_report()
+    assert [admitted.seq_id for admitted in report.admitted] == ["fits"]
+    assert [refused.seq_id for refused in report.refused] == ["does not"]
+
+
 def test_an_end_token_stops_the_answer_and_is_part_of_it() -> None:
     answer = run(engine(), submit("a", [5, 6], max_tokens=20))["a"]
     subject = engine()

@@ -110,8 +110,8 @@ async def test_a_stream_that_began_is_not_hung_up_on_by_the_clock() -> None:
         async def __aiter__(self) -> AsyncIterator[bytes]:
             for chunk in (*TOKENS, USAGE):
                 yield f"data: {json.dumps(chunk)}\n\n".encode()
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
             yield b"data: [DONE]\n\n"
 
-    call = Call(STREAM.path, STREAM.body, CancelPlan(after_s=0.04))
+    call = Call(STREAM.path, STREAM.body, CancelPlan(after_s=0.4))
     assert (await outcome(call, httpx.Response(200, stream=Slow()))).end == "completed"

@@ -52,8 +52,8 @@ class Source:
 
     def compute(self, upto: int = TOKENS) -> None:
         lease = self.leases.open("r/0", TOKENS)
-        lease.admitted(TABLE, cached_tokens=0, queue_ms=0.0)
-        lease.advanced(upto)
+        lease.admitted([], cached_tokens=0, queue_ms=0.0)
+        lease.advanced(upto, TABLE)
         if upto == TOKENS:
             lease.finished(FirstToken(0, 42, None), 0.0)
 
@@ -128,11 +128,11 @@ async def test_chunks_travel_while_the_prefill_still_computes(connect) -> None: 
         puller = Puller(*link)
         receiving = asyncio.create_task(puller.receive())
         for computed, readable in ((6, 4), (11, 8), (16, 16)):
-            lease.advanced(computed)
+            lease.advanced(computed, TABLE)
             while not puller.landed or puller.landed[-1] < readable:
                 await asyncio.sleep(0.001)
             assert puller.landed[-1] == readable, "a partial block travelled before its end was computed"
-        lease.advanced(TOKENS)
+        lease.advanced(TOKENS, TABLE)
         lease.finished(FirstToken(0, 42, "stop"), 0.0)
         assert (await receiving).first.finish == "stop"
 

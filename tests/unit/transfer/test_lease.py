@@ -112,6 +112,6 @@ async def test_waiters_see_every_change_that_makes_their_condition_true(subject:
     waiters = [asyncio.create_task(lease.until(lambda n=n: lease.computed >= n)) for n in (1, 5, 9)]
     for computed in (1, 6, 9):
         await asyncio.sleep(0)
-        lease.advanced(computed)
+        lease.advanced(computed, [])
     lease.finished(FirstToken(0, 1, None), 0.0)
     await asyncio.gather(*waiters)
