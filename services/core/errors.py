@@ -7,6 +7,7 @@
     ├── NoWorker            no live worker can take the request
     ├── WorkerLost          a worker or the connection to it died
     ├── StoreUnavailable    Redis does not answer; index and membership are blind for now
+    ├── PullerLost          the decode side of a KV transfer never came
     ├── KvSourceLost        the prefill side of a KV transfer died or refused
     ├── KvCorrupt           a KV payload failed its checksum
     ├── LeaseExpired        the KV was read after its lease had ended
@@ -63,6 +64,10 @@ class StoreUnavailable(DiptychError):
     pass
 
 
+class PullerLost(DiptychError):
+    pass
+
+
 class KvSourceLost(DiptychError):
     pass
 
@@ -116,6 +121,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     NoWorker: Facts(503, "UNAVAILABLE", True, "no_worker"),
     WorkerLost: Facts(503, "UNAVAILABLE", True, "worker_lost"),
     StoreUnavailable: Facts(503, "UNAVAILABLE", True, "store_unavailable"),
+    PullerLost: Facts(503, "ABORTED", True, "puller_lost"),
     KvSourceLost: Facts(503, "ABORTED", True, "kv_source_lost"),
     KvCorrupt: Facts(503, "DATA_LOSS", True, "kv_corrupt"),
     LeaseExpired: Facts(503, "ABORTED", True, "lease_expired"),

@@ -7,7 +7,7 @@ import msgspec
 from services.core.block_hash import Compatibility
 
 Role = Literal["prefill", "decode", "both"]
-State = Literal["starting", "ready", "draining"]
+State = Literal["ready", "draining"]
 
 
 class WorkerKey(NamedTuple):

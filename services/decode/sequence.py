@@ -9,11 +9,12 @@ block is reused while KV may still land in it.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.core.clock import Clock
-from services.core.errors import DiptychError, Overloaded, facts, from_label
+from services.core.errors import DiptychError, EngineFailed, Overloaded, facts, from_label
 from services.engine.handle import EngineHandle, Event
 from services.engine.messages import Admitted, Advanced, Landed, Refused, Revoked, Start, Submit, Token
 from services.transfer.pool_memory import PoolMemory
@@ -21,6 +22,8 @@ from services.transfer.protocol import KvSource, KvTransport
 from services.transfer.receive import Destination, Received, receive_kv
 from services.wire.convert import sampled_to_wire
 from services.wire.generated import worker_pb2
+
+logger = logging.getLogger(__name__)
 
 DecodeOutput = worker_pb2.DecodeStarted | worker_pb2.SampledToken | worker_pb2.WorkerFailure
 
@@ -53,7 +56,8 @@ class DecodeSequence:
         self._parts = parts
         self._emit = emit
         self._on_end = on_end
-        self._receiving: asyncio.Task[None] | None = None
+        self._receiving: asyncio.Task[Received] | None = None
+        self._cancelled = False  # on request, so that nobody waits for a last word
         self._revoked = False
         self._ended = False
 
@@ -63,6 +67,10 @@ class DecodeSequence:
 
     def cancel(self) -> None:
         """End it without a word to the gateway; a running receive ends first."""
+        self._cancelled = True
+        self._stop()
+
+    def _stop(self) -> None:
         if self._is_receiving:
             assert self._receiving is not None
             self._receiving.cancel()
@@ -80,44 +88,26 @@ class DecodeSequence:
             case Token():
                 self._emit(sampled_to_wire(event.index, event.token, event.finish))
                 if event.finish:
+                    self._parts.engine.forget(self._submit.seq_id)
                     self._end()
-            case Refused():
-                self._refused(from_label(event.code, event.message))
+            case Refused():  # the engine does not have the sequence, or is gone itself
+                self._fail(from_label(event.code, event.message))
             case Revoked():
                 if self._is_receiving:  # else Start is on its way to the engine, and wins
                     self._revoked = True
-                    self.cancel()
+                    self._stop()
             case Advanced():
                 raise AssertionError("only a prefill sequence advances")
 
     def _admitted(self, event: Admitted) -> None:
         if self._source is None:
             self._emit(worker_pb2.DecodeStarted(cached_tokens=event.cached_tokens, queue_ms=event.queue_ms))
-        else:
-            self._receiving = asyncio.create_task(self._receive(self._source, event))
+            return
+        self._receiving = asyncio.create_task(self._receive(self._source, event))
+        # Not in the task itself: one that is cancelled before its first turn never runs a line.
+        self._receiving.add_done_callback(lambda task: self._received(event, task))
 
-    def _refused(self, error: DiptychError) -> None:
-        """The engine does not have the sequence, or is gone itself."""
-        if self._is_receiving:
-            self.cancel()
-        self._fail(error)
-
-    async def _receive(self, source: KvSource, admitted: Admitted) -> None:
-        """Bring the KV in. However this ends, nothing writes to the blocks afterwards."""
-        try:
-            received = await self._pull(source, admitted)
-        except DiptychError as error:
-            self._fail(error)
-        except asyncio.CancelledError:
-            if self._revoked:
-                self._fail(Overloaded("the decode worker needed the reserved KV blocks"))
-            else:
-                self._end()
-            raise
-        else:
-            self._start(admitted, received)
-
-    async def _pull(self, source: KvSource, admitted: Admitted) -> Received:
+    async def _receive(self, source: KvSource, admitted: Admitted) -> Received:
         engine, seq_id = self._parts.engine, self._submit.seq_id
         tokens = len(self._submit.prompt_ids) + len(self._submit.output_ids)
         return await receive_kv(
@@ -128,6 +118,18 @@ class DecodeSequence:
             self._parts.clock,
             landed=lambda position: engine.send(Landed(seq_id, position)),
         )
+
+    def _received(self, admitted: Admitted, task: "asyncio.Task[Received]") -> None:
+        """The receive has ended, one way or the other: nothing writes to the blocks any more."""
+        if task.cancelled():
+            if self._revoked and not self._cancelled:
+                self._fail(Overloaded("the decode worker needed the reserved KV blocks"))
+            else:
+                self._end()
+        elif error := task.exception():
+            self._fail(error if isinstance(error, DiptychError) else _broken(error))
+        elif not self._ended:
+            self._start(admitted, task.result())
 
     def _start(self, admitted: Admitted, received: Received) -> None:
         self._parts.on_received(received)
@@ -146,14 +148,25 @@ class DecodeSequence:
         self._parts.engine.send(Start(self._submit.seq_id, received.first.token))
 
     def _fail(self, error: DiptychError) -> None:
-        if not self._ended:
+        if self._ended:
+            return
+        if self._is_receiving:  # only when the engine has died under it
+            assert self._receiving is not None
+            self._receiving.cancel()
+        if not self._cancelled:
             self._parts.on_failed(error)
             self._emit(worker_pb2.WorkerFailure(code=facts(error).label, message=error.message))
-            self._end()
+        self._end()
 
     def _end(self) -> None:
-        """Give everything back. The engine has forgotten a sequence that finished: then drop does nothing."""
+        """Give everything back, once."""
         if not self._ended:
             self._ended = True
             self._parts.engine.drop(self._submit.seq_id)
             self._on_end()
+
+
+def _broken(error: BaseException) -> DiptychError:
+    """A bug of ours in a receive: it is logged, and the request still gets an answer elsewhere."""
+    logger.error("a KV receive broke", exc_info=error)
+    return EngineFailed(f"the KV receive broke: {error!r}")

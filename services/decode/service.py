@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from services.core.errors import DiptychError, Overloaded, WorkerLost, facts
+from services.core.errors import DiptychError, Overloaded, facts
 from services.decode.sequence import DecodeOutput, DecodeParts, DecodeSequence
 from services.engine.incarnation import Incarnation
 from services.engine.submission import SequenceBounds
@@ -34,6 +34,7 @@ class Session:
         self._pending: list[worker_pb2.DecodeEvent] = []
         self._wake = asyncio.Event()
         self._closing = False
+        self._overflowed = False
 
     def handle(self, command: worker_pb2.DecodeCommand) -> None:
         if command.HasField("submit"):
@@ -50,7 +51,7 @@ class Session:
                 return None
             self._wake.clear()
             await self._wake.wait()
-        if len(self._pending) > _PENDING_EVENTS_MAX:
+        if self._overflowed:
             raise Overloaded("the gateway does not read its events")
         batch = worker_pb2.DecodeEvents(events=self._pending)
         self._pending = []
@@ -79,11 +80,10 @@ class Session:
                 emit=lambda output: self._emit(wire, output),
                 on_end=lambda: self._forget(seq_id),
             )
-            if seq_id in self._sequences:
-                raise WorkerLost(f"attempt {seq_id} is running already")
             sequence.open()
             self._sequences[seq_id] = sequence
         except DiptychError as error:
+            self._parts.on_failed(error)
             self._emit(wire, worker_pb2.WorkerFailure(code=facts(error).label, message=error.message))
 
     def _emit(self, sequence: worker_pb2.Sequence, output: DecodeOutput) -> None:
@@ -97,6 +97,9 @@ class Session:
                 event.failure.CopyFrom(output)
         self._pending.append(event)
         self._wake.set()
+        if len(self._pending) > _PENDING_EVENTS_MAX and not self._overflowed:
+            self._overflowed = True
+            self.close()
 
     def _forget(self, seq_id: str) -> None:
         self._sequences.pop(seq_id, None)

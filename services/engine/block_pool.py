@@ -9,9 +9,10 @@ Every block is in exactly one place:
     allocate: free (or cached, evicting the oldest) -> used      release: used -> cached if sealed, else free
     acquire:  used or cached -> used (one more reference)        seal:    gives a full, proven block its hash
 
-A sequence releases its blocks tail first, so that a chain is evicted from its end: what remains is
-always a usable prefix. If two blocks get the same hash, the first keeps it and the second stays
-private to its sequence.
+A sequence releases its blocks tail first, so that a chain is evicted from its end and what remains is
+a usable prefix. If two blocks get the same hash (two sequences computed the same prompt at once), the
+first keeps it and the second stays private to its sequence; should the first be evicted earlier than
+the second's descendants, those cannot be matched until they are evicted too: wasted, not wrong.
 """
 
 from collections import Counter, OrderedDict, deque

@@ -73,7 +73,7 @@ class Engine:
 
     def step(self) -> bool:
         """Admit, schedule, run, commit. False: there was nothing to run."""
-        chunks = self._scheduler.schedule(self._times.prefill_ms_per_token)
+        chunks = self._scheduler.schedule(self._times)
         self._collect_admitted()
         self._collect_revoked()
         if not chunks:

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import msgspec
 
-from services.core.errors import FACTS, EngineFailed, ModelFileError, Overloaded
+from services.core.errors import FACTS, BadRequest, EngineFailed, ModelFileError, Overloaded
 from services.core.parent_death import dying_with_parent
 from services.engine.messages import (
     Admitted,
@@ -74,9 +74,12 @@ class EngineHandle:
         return len(self._listeners)
 
     def submit(self, submit: Submit, listener: Listener) -> None:
-        """Hand a sequence to the engine. Raises Overloaded beyond the bound, EngineFailed if it is gone."""
+        """Hand a sequence to the engine. Raises Overloaded beyond the bound, EngineFailed if it is gone,
+        BadRequest if the sequence is here already."""
         if self.failed.is_set():
             raise EngineFailed("the worker's engine has died")
+        if submit.seq_id in self._listeners:
+            raise BadRequest(f"attempt {submit.seq_id} is running already", "attempt")
         if len(self._listeners) >= self._sequences_max:
             raise Overloaded("the worker's queue is full")
         self._listeners[submit.seq_id] = listener
@@ -90,6 +93,10 @@ class EngineHandle:
         """End a sequence, in whatever state; its listener hears nothing more. Harmless if it has ended."""
         if self._close(seq_id):
             self.send(Drop(seq_id))
+
+    def forget(self, seq_id: str) -> None:
+        """The engine has finished the sequence by itself: there is nothing to drop."""
+        self._close(seq_id)
 
     async def stop(self) -> None:
         """End the process: at once if idle, else after the running step."""
@@ -112,7 +119,7 @@ class EngineHandle:
     async def _wait_ready(self) -> None:
         try:
             ready = msgspec.msgpack.decode(await self._read_message(), type=EngineReady)
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionError):
             raise EngineFailed(
                 f"the engine process ended with code {await self._process.wait()} while it loaded the model"
             ) from None

@@ -3,7 +3,7 @@
 The I/O process sends commands; the engine answers each turn with one Report. A sequence moves
 through the engine like this, by the kind it was submitted as:
 
-    local     Submit ── Admitted ── Advanced* ── Token+ (the last one has a finish) ── gone
+    local     Submit ── Admitted ── Token+ (the last one has a finish) ── gone
     prefill   Submit ── Admitted ── Advanced* ── Token  ── its blocks stay until Drop
     receive   Submit ── Admitted ── Landed* ── Start(first token) ── Token+ ── gone
 

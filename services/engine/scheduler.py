@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from services.engine.block_pool import BlockPool
 from services.engine.messages import Limits
 from services.engine.sequence import Sequence, State
+from services.engine.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,14 @@ class Scheduler:
         sequence.state = State.RECEIVING
         return True
 
-    def schedule(self, prefill_ms_per_token: float) -> list[Chunk]:
+    def schedule(self, times: StepTimes) -> list[Chunk]:
         """The next step's work. Blocks for all of it are allocated when this returns."""
         decoding = [Chunk(sequence, 1) for sequence in self._grown_decoding()]
-        budget = self._prefill_budget(prefill_ms_per_token if decoding else 0.0)
-        return decoding + self._prefill_chunks(budget, spare=len(decoding))
+        budget = self._mixed_budget(times) if decoding else self._limits.chunk_tokens_max
+        chunks = decoding + self._prefill_chunks(self._whole_blocks(budget), spare=len(decoding))
+        if not chunks:
+            self._break_circle()
+        return chunks
 
     def _prefill_chunks(self, budget: int, spare: int) -> list[Chunk]:
         """Chunks of together at most `budget` tokens, leaving `spare` blocks for growth."""
@@ -110,25 +114,39 @@ class Scheduler:
         sequence.blocks.extend(self._pool.allocate(max(missing, 0)))
         return tokens
 
-    def _prefill_budget(self, ms_per_token: float) -> int:
-        """Prompt tokens for one step; `ms_per_token` above 0 keeps it near the target length."""
-        budget = self._limits.chunk_tokens_max
-        if ms_per_token > 0:
-            budget = min(budget, int(self._limits.step_ms_target / ms_per_token))
+    def _mixed_budget(self, times: StepTimes) -> int:
+        """Prompt tokens that keep a step with decoding sequences near its target length."""
+        if times.prefill_ms_per_token == 0.0:
+            return self._limits.chunk_tokens_max
+        spare_ms = self._limits.step_ms_target - times.decode_step_ms
+        return min(int(spare_ms / times.prefill_ms_per_token), self._limits.chunk_tokens_max)
+
+    def _whole_blocks(self, tokens: int) -> int:
         size = self._pool.block_size
-        return max(budget // size, 1) * size
+        return max(tokens // size, 1) * size
+
+    def _break_circle(self) -> None:
+        """Two workers that both prefill and decode may reserve for each other's prompts and so leave no
+        room to compute them. Whoever has only reservations and a prompt waiting behind them gives one
+        back; it is routed again after a random pause, so not both do so for ever."""
+        only_reservations = all(s.state in (State.RECEIVING, State.REVOKED) for s in self.admitted)
+        if self.admitted and only_reservations and any(s.kind == "prefill" for s in self.waiting):
+            self._revoke_newest()
 
     def _expected_growth(self) -> int:
         """Blocks that sequences already here will want: for the rest of their known tokens, and one more."""
         pool = self._pool
         return sum(
-            pool.blocks_for(s.known) - len(s.blocks) + 1 for s in self.admitted if s.state is not State.HELD
+            pool.blocks_for(s.known) - len(s.blocks) + (s.kind != "prefill")
+            for s in self.admitted
+            if s.state is not State.HELD
         )
 
     def _grown_decoding(self) -> list[Sequence]:
         """Decoding sequences that have a slot for their next token, after making room."""
         decoding = [s for s in self.admitted if s.state is State.RUNNING and s.decoding]
-        return [sequence for sequence in decoding if self._grow(sequence) and sequence.state is State.RUNNING]
+        grown = [sequence for sequence in decoding if self._grow(sequence)]
+        return [sequence for sequence in grown if sequence.state is State.RUNNING]  # not preempted later
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make sure of a slot for the newest token. False: not in this step."""

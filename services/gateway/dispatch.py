@@ -14,6 +14,7 @@ from services.core.errors import (
     KvCorrupt,
     KvSourceLost,
     LeaseExpired,
+    PullerLost,
 )
 from services.core.worker_report import WorkerReport
 from services.gateway.generation import AttemptFailed, Routed, WorkerEvent
@@ -81,7 +82,9 @@ async def _reporting(inbox: Inbox, worker: WorkerReport | None, call: Coroutine[
 
 
 def _blame(failed: AttemptFailed, placement: Routed) -> AttemptFailed:
-    """The worker to avoid next time: a decode worker that cannot get its KV is not at fault."""
+    """The worker to avoid next time: whoever reports that the other side is lost is not at fault."""
     if isinstance(failed.error, _SOURCE_ERRORS) and placement.prefill is not None:
         return AttemptFailed(failed.error, placement.prefill)
+    if isinstance(failed.error, PullerLost) and placement.decode is not None:
+        return AttemptFailed(failed.error, placement.decode)
     return failed

@@ -115,12 +115,13 @@ class Journal:
     def timings(self) -> Timings:
         """So far; exact once the last token was recorded. Parts that did not happen are 0."""
         prefill, started, routed = self._prefill, self._started, self._routed
+        computing = prefill or started  # where the prompt waited to be computed
         visits = self._timeline.seconds_in
         decode_s = self._last_token_at - self._first_token_at
         return Timings(
             tokenize=_ms(visits(Stage.RECEIVED)),
             route=_ms(visits(Stage.ADMITTED) + visits(Stage.ROUTED)),
-            queue=round(prefill.queue_ms, 3) if prefill else 0.0,
+            queue=round(computing.queue_ms, 3) if computing else 0.0,
             prefill=round(prefill.compute_ms, 3) if prefill else _ms(visits(Stage.PREFILLING)),
             transfer=round(started.transfer_ms, 3) if started else 0.0,
             exposed_transfer=round(started.exposed_ms, 3) if started else 0.0,

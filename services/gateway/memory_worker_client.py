@@ -67,7 +67,7 @@ class MemoryWorkerClient:
             fault = self._next_fault(worker, "decode")
             first = len(sequence.output_ids) + (source is not None)
             if fault is None or fault.after_tokens:
-                yield Started(0, 0, 0.0, 0.0)
+                yield Started(0, 0.0, 0, 0.0, 0.0)
             for index in range(first, sequence.sampling.max_tokens):
                 if fault is not None and index - first == fault.after_tokens:
                     await self._suffer(fault, call)

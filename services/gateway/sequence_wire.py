@@ -47,7 +47,7 @@ def event_from_wire(wire: worker_pb2.DecodeEvent) -> DecodeEvent | DiptychError 
     match wire.WhichOneof("event"):
         case "started":
             s = wire.started
-            return Started(s.cached_tokens, s.transferred_bytes, s.transfer_ms, s.exposed_ms)
+            return Started(s.cached_tokens, s.queue_ms, s.transferred_bytes, s.transfer_ms, s.exposed_ms)
         case "token":
             return token_from_wire(wire.token)
         case "failure":

@@ -50,6 +50,7 @@ class Started(msgspec.Struct, frozen=True):
     """A decode worker has the KV, or room to compute it; its tokens follow."""
 
     cached_tokens: int  # of the known tokens, found in the worker's prefix cache
+    queue_ms: float  # waited for KV blocks
     transferred_bytes: int
     transfer_ms: float  # from the pull's opening to the confirmed lease
     exposed_ms: float  # the part of it after the prefill's end

@@ -5,11 +5,12 @@ Run waits for the first token, a Pull (`services.transfer.server`) streams the b
 """
 
 import asyncio
+from collections.abc import Callable
 
 import grpc.aio
 
 from services.core.clock import Clock
-from services.core.errors import BadRequest, DiptychError, RequestCancelled, WorkerLost, from_label
+from services.core.errors import BadRequest, DiptychError, KvSourceLost, PullerLost, from_label
 from services.engine.handle import EngineHandle, Event
 from services.engine.incarnation import Incarnation
 from services.engine.messages import Admitted, Advanced, Refused, Revoked, Submit, Token
@@ -30,6 +31,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         bounds: SequenceBounds,
         clock: Clock,
         pull_wait_s: float,
+        on_failed: Callable[[DiptychError], None],
     ) -> None:
         self._engine = engine
         self._leases = leases
@@ -37,6 +39,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._bounds = bounds
         self._clock = clock
         self._pull_wait_s = pull_wait_s
+        self._on_failed = on_failed
 
     async def Run(
         self,
@@ -46,6 +49,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         try:
             return await self._run(request)
         except DiptychError as error:
+            self._on_failed(error)
             await abort(context, error)
 
     async def _run(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
@@ -61,7 +65,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             self._leases.fail(lease, error)
             raise
         except asyncio.CancelledError:
-            self._leases.fail(lease, RequestCancelled("the gateway cancelled the prefill"))
+            # Only a reader whose gateway still wants the answer, but lost its way to us, ever sees this.
+            self._leases.fail(lease, KvSourceLost("the prefill was cancelled"))
             raise
         if not request.expect_pull:
             self._leases.release(lease.transfer_id)
@@ -88,7 +93,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             async with asyncio.timeout(self._pull_wait_s):
                 await lease.until(lambda: lease.pulled)
         except TimeoutError:
-            raise WorkerLost(f"no decode worker pulled within {self._pull_wait_s:g} s") from None
+            raise PullerLost(f"no decode worker pulled within {self._pull_wait_s:g} s") from None
 
     def _on_event(self, lease: Lease, event: Event) -> None:
         match event:

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 import google_crc32c
 import grpc.aio
@@ -21,7 +22,13 @@ from services.wire.convert import (
 from services.wire.generated import transfer_pb2, transfer_pb2_grpc
 
 _RELEASE_DEADLINE_S = 1.0
-_CHANNELS_MAX = 256  # workers this one has pulled from; the oldest connection is closed beyond that
+_CHANNELS_MAX = 256  # workers this one has pulled from; idle connections beyond that are closed
+
+
+@dataclass(slots=True)
+class _Peer:
+    channel: grpc.aio.Channel
+    calls: int = 0
 
 
 class GrpcKvTransport:
@@ -29,7 +36,7 @@ class GrpcKvTransport:
 
     def __init__(self, compatibility: Compatibility) -> None:
         self._compatibility = compatibility_to_wire(compatibility)
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, _Peer] = {}  # by address, the least recently used first
         self._abandoning: set[asyncio.Task[None]] = set()
 
     async def pull(
@@ -41,22 +48,19 @@ class GrpcKvTransport:
             epoch=source.epoch,
             compatibility=self._compatibility,
         )
-        call = (await self._stub(source)).Pull(request)
-        try:
-            async for message in call:
-                yield _chunk_from_wire(message, source)
-        except grpc.aio.AioRpcError as error:
-            raise _source_error(error, source) from None
-        finally:
-            call.cancel()
+        async with self._calling(source) as stub:
+            call = stub.Pull(request)
+            try:
+                async for message in call:
+                    yield _chunk_from_wire(message, source)
+            finally:
+                call.cancel()
 
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         request = transfer_pb2.ReleaseRequest(transfer_id=transfer_id, epoch=source.epoch)
-        try:
-            reply = await (await self._stub(source)).Release(request, timeout=_RELEASE_DEADLINE_S)
-        except grpc.aio.AioRpcError as error:
-            raise _source_error(error, source) from None
-        return bool(reply.valid)
+        async with self._calling(source) as stub:
+            reply = await stub.Release(request, timeout=_RELEASE_DEADLINE_S)
+            return bool(reply.valid)
 
     def abandon(self, source: KvSource, transfer_id: str) -> None:
         task = asyncio.create_task(self._try_release(source, transfer_id))
@@ -70,15 +74,28 @@ class GrpcKvTransport:
     async def close(self) -> None:
         for task in self._abandoning:
             task.cancel()
-        for channel in self._channels.values():
-            await channel.close()
+        for peer in self._peers.values():
+            await peer.channel.close()
 
-    async def _stub(self, source: KvSource) -> "transfer_pb2_grpc.KvTransferStub":
-        if source.address not in self._channels:
-            if len(self._channels) >= _CHANNELS_MAX:
-                await self._channels.pop(next(iter(self._channels))).close()
-            self._channels[source.address] = open_channel(source.address)
-        return transfer_pb2_grpc.KvTransferStub(self._channels[source.address])
+    @asynccontextmanager
+    async def _calling(self, source: KvSource) -> AsyncIterator["transfer_pb2_grpc.KvTransferStub"]:
+        """A stub whose channel stays open for the block; its failures become errors of our tree."""
+        peer = self._peers.pop(source.address, None) or _Peer(open_channel(source.address))
+        self._peers[source.address] = peer
+        peer.calls += 1
+        try:
+            yield transfer_pb2_grpc.KvTransferStub(peer.channel)
+        except grpc.aio.AioRpcError as error:
+            raise _source_error(error, source) from None
+        finally:
+            peer.calls -= 1
+            await self._close_idle()
+
+    async def _close_idle(self) -> None:
+        """Keep the number of connections bounded; one in use is never closed."""
+        idle = [address for address, peer in self._peers.items() if peer.calls == 0]
+        for address in idle[: max(len(self._peers) - _CHANNELS_MAX, 0)]:
+            await self._peers.pop(address).channel.close()
 
 
 class KvTransferService(transfer_pb2_grpc.KvTransferServicer):

@@ -63,7 +63,13 @@ class WorkerServer:
     def _add_prefill(self) -> None:
         config, epoch = self._config, self._identity.key.epoch
         service = PrefillService(
-            self._engine, self.leases, self._incarnation, self._bounds, self._clock, config.pull_wait_s
+            self._engine,
+            self.leases,
+            self._incarnation,
+            self._bounds,
+            self._clock,
+            config.pull_wait_s,
+            self._metrics.on_failed,
         )
         kv = KvServer(
             self.leases,

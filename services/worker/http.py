@@ -12,13 +12,18 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from services.core.errors import ConfigError
+
 Check = Callable[[], bool]
 _POLL_S = 0.1  # how soon close() is noticed
 
 
 class StatusServer:
     def __init__(self, host: str, port: int, registry: CollectorRegistry, checks: dict[str, Check]) -> None:
-        """`checks` maps paths to questions: 200 for yes, 503 for no."""
+        """`checks` maps paths to questions: 200 for yes, 503 for no.
+
+        Raises ConfigError if the port is taken.
+        """
         metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -29,7 +34,10 @@ class StatusServer:
                 return _answer(start_response, "404 Not Found")
             return _answer(start_response, "200 OK" if checks[path]() else "503 Service Unavailable")
 
-        self._server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
+        try:
+            self._server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
+        except OSError as error:
+            raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from None
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), daemon=True, name="status"

@@ -132,13 +132,14 @@ class Worker:
 
     def _report(self) -> WorkerReport:
         identity, gauges = self._identity, self._engine.gauges
+        host = self._config.advertise_host or self._config.host
         return WorkerReport(
             worker_id=identity.key.worker_id,
             epoch=identity.key.epoch,
             role=self._config.role,
             state="draining" if self._incarnation.draining else "ready",
             address=self._server.address,
-            metrics_url=f"http://{self._config.host}:{self._status.port}/metrics",
+            metrics_url=f"http://{host}:{self._status.port}/metrics",
             served_model=identity.served_model,
             compatibility=identity.compatibility,
             context_tokens_max=identity.context_tokens_max,

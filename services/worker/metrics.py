@@ -24,8 +24,6 @@ class WorkerMetrics:
 
     def on_report(self, report: Report) -> None:
         self._engine.observe(report)
-        for refused in report.refused:
-            self._failures.labels(refused.code).inc()
 
     def on_received(self, received: Received) -> None:
         self._transfer.bytes.labels("received").inc(received.bytes)

@@ -31,9 +31,12 @@ class PrefillWorker:
         clock = SystemClock()
         self.engine = InProcessEngine(blocks)
         self.incarnation = Incarnation(WorkerKey("p", 11))
+        self.failures: list[DiptychError] = []
         self.leases = LeaseTable(clock, lease_ttl_s, lambda name, how: self.engine.drop(name))
         memory = PoolMemory(self.engine.geometry, self.engine.pool)
-        self._service = PrefillService(self.engine, self.leases, self.incarnation, BOUNDS, clock, pull_wait_s)
+        self._service = PrefillService(
+            self.engine, self.leases, self.incarnation, BOUNDS, clock, pull_wait_s, self.failures.append
+        )
         self._kv = KvServer(self.leases, memory, compatibility(), 11, clock, pull_wait_s)
 
     def attach(self, server: grpc.aio.Server) -> None:
@@ -49,10 +52,10 @@ class DecodeWorker:
         self.failures: list[DiptychError] = []
         self._transport = GrpcKvTransport(compatibility())
         memory = PoolMemory(self.engine.geometry, self.engine.pool)
-        parts = DecodeParts(
+        self.parts = DecodeParts(
             self.engine, self._transport, memory, SystemClock(), self.received.append, self.failures.append
         )
-        self._service = DecodeService(parts, self.incarnation, BOUNDS)
+        self._service = DecodeService(self.parts, self.incarnation, BOUNDS)
 
     def attach(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeServicer_to_server(self._service, server)

@@ -5,13 +5,18 @@ import asyncio
 import grpc.aio
 import pytest
 
-from services.core.errors import BadRequest, Overloaded, WorkerLost
+from services.core.errors import BadRequest, Overloaded, PullerLost
 from services.core.sampling import SamplingParams
+from services.decode import service as service_module
+from services.decode.sequence import DecodeSequence
+from services.engine.messages import Admitted, Revoked
+from services.transfer.protocol import KvSource
+from services.transfer.receive import Destination
 from services.wire.channel import from_rpc_error
 from services.wire.convert import sampling_to_wire
 from services.wire.generated import worker_pb2
 from tests.support.in_process_engine import InProcessEngine
-from tests.support.in_process_workers import DecodeWorker, Pair, PrefillWorker, running_pair
+from tests.support.in_process_workers import BOUNDS, DecodeWorker, Pair, PrefillWorker, running_pair
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -194,7 +199,7 @@ async def test_a_prefill_that_nobody_pulls_ends_with_an_error() -> None:
     async with running_pair() as pair:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await pair.run_prefill(sequence())
-        assert isinstance(from_rpc_error(raised.value, "p"), WorkerLost)
+        assert isinstance(from_rpc_error(raised.value, "p"), PullerLost)
         await pair.idle()
 
 
@@ -215,13 +220,78 @@ async def test_a_decode_worker_without_room_refuses_at_once() -> None:
         await session.close()
 
 
+async def test_cancels_right_behind_their_submissions_leak_nothing() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        for index in range(100):
+            await session.submit(sequence(f"r{index}"), pair.source())
+            await session.cancel(f"r{index}")
+        await session.submit(sequence("last"))
+        await session.tokens("last")
+        await pair.idle()
+        await session.close()
+
+
+async def test_a_revocation_before_the_first_turn_of_a_receive_is_answered() -> None:
+    async with running_pair() as pair:
+        events = []
+        one = DecodeSequence(
+            BOUNDS.submission(sequence(), "receive"), KvSource("p", pair.prefill_address, 11),
+            pair.decode.parts, events.append, on_end=lambda: events.append("end"),
+        )  # fmt: skip
+        one.open()
+        one._on_event(Admitted("r/0", [0, 1, 2], 0, 0.0))
+        one._on_event(Revoked("r/0"))
+        while not events:
+            await asyncio.sleep(0.001)
+        assert [getattr(event, "code", event) for event in events] == ["overloaded", "end"]
+
+
+async def test_a_bug_in_a_receive_ends_in_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Destination, chunk: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Destination, "place", broken)
+    async with running_pair() as pair:
+        session = Session(pair)
+        prefill = pair.run_prefill(sequence())
+        await session.submit(sequence(), pair.source())
+        assert await session.failure() == "engine_failed"
+        prefill.cancel()
+        await pair.idle()
+        await session.close()
+
+
+async def test_an_attempt_that_another_session_runs_is_refused() -> None:
+    async with running_pair() as pair:
+        pair.decode.engine.paused = True
+        one, two = Session(pair), Session(pair)
+        await one.submit(sequence())
+        while not pair.decode.engine.sequences:
+            await asyncio.sleep(0.001)
+        await two.submit(sequence())
+        assert await two.failure() == "bad_request"
+        pair.decode.engine.resume()
+        assert len(await one.tokens()) == 8
+        await one.close()
+        await two.close()
+
+
+async def test_a_gateway_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_PENDING_EVENTS_MAX", 20)
+    async with running_pair() as pair:
+        session = service_module.Session(pair.decode.parts, pair.decode.incarnation, BOUNDS)
+        session.handle(submit(sequence(max_tokens=100), None))
+        await pair.idle()
+        with pytest.raises(Overloaded, match="does not read"):
+            await session.events()
+
+
 async def test_an_expired_lease_frees_the_prefill_worker() -> None:
     async with running_pair(prefill=PrefillWorker(lease_ttl_s=0.1)) as pair:
         sweep = asyncio.create_task(pair.prefill.leases.expire_forever())
         pull = pair.decode._transport.pull
         prefill = pair.run_prefill(sequence())
-        from services.transfer.protocol import KvSource
-
         chunks = pull(KvSource("p", pair.prefill_address, 11), "r/0", 0)
         await anext(chunks)
         await prefill

@@ -222,6 +222,16 @@ def test_a_start_that_crosses_its_revocation_wins() -> None:
     assert finished == {"grows", "reserved"}
 
 
+def test_a_prompt_behind_nothing_but_reservations_gets_one_back() -> None:
+    subject = engine(blocks=8)
+    subject.handle(submit("reserved", list(range(24)), kind="receive"))
+    subject.handle(submit("computes", [1] * 24, kind="prefill"))
+    reports = turns(subject)
+    assert [event.seq_id for report in reports for event in report.revoked] == ["reserved"]
+    subject.handle(Drop("reserved"))
+    assert [token.seq_id for report in turns(subject) for token in report.tokens] == ["computes"]
+
+
 def test_more_waiting_sequences_than_the_bound_are_refused() -> None:
     subject = engine(
         blocks=4, limits=Limits(sequences_max=1, waiting_max=2, chunk_tokens_max=8, step_ms_target=100)

@@ -158,8 +158,8 @@ class TestHealth:
 
     @pytest.mark.parametrize(
         "reports",
-        [[], [report("p1", "prefill")], [report("d1", "decode", state="starting")]],
-        ids=["none", "only prefill", "starting"],
+        [[], [report("p1", "prefill")], [report("d1", "decode", state="draining")]],
+        ids=["none", "only prefill", "draining"],
     )
     async def test_alive_but_not_ready_without_a_ready_decode_worker(self, start_cluster, reports) -> None:
         cluster = await start_cluster(reports=reports)

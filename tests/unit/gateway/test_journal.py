@@ -52,7 +52,9 @@ def told() -> Told:
 def test_timings_of_a_split_request(told) -> None:
     first = PrefillResult(OutputToken(0, 5), cached_tokens=4, queue_ms=7.0, compute_ms=80.0)
     told.tell(0.25, routed(), 0.1, first, OutputToken(0, 5))
-    told.tell(0.05, Started(6, 1000, 40.0, 5.0), 0.2, OutputToken(1, 6), 0.2, OutputToken(2, 7, "length"))
+    told.tell(
+        0.05, Started(6, 0.0, 1000, 40.0, 5.0), 0.2, OutputToken(1, 6), 0.2, OutputToken(2, 7, "length")
+    )
     timings = told.journal.timings
     assert (timings.tokenize, timings.route) == (500.0, 250.0)
     assert (timings.queue, timings.prefill) == (7.0, 80.0)
@@ -65,7 +67,7 @@ def test_timings_of_a_split_request(told) -> None:
 
 def test_usage_counts_all_tokens_and_the_prefill_s_cache(told) -> None:
     first = PrefillResult(OutputToken(0, 5), cached_tokens=4, queue_ms=0.0, compute_ms=0.0)
-    told.tell(routed(), first, OutputToken(0, 5), Started(6, 0, 0.0, 0.0), OutputToken(1, 5, "length"))
+    told.tell(routed(), first, OutputToken(0, 5), Started(6, 0.0, 0, 0.0, 0.0), OutputToken(1, 5, "length"))
     usage = told.journal.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (10, 2, 12)
     assert usage.prompt_tokens_details.cached_tokens == 4
@@ -73,7 +75,7 @@ def test_usage_counts_all_tokens_and_the_prefill_s_cache(told) -> None:
 
 def test_a_decode_worker_alone_says_what_was_cached_and_its_prefill_is_timed_here(told) -> None:
     told.tell(
-        routed(prefill=None), Started(8, 0, 0.0, 0.0), 0.3, OutputToken(0, 5), OutputToken(1, 6, "stop")
+        routed(prefill=None), Started(8, 0.0, 0, 0.0, 0.0), 0.3, OutputToken(0, 5), OutputToken(1, 6, "stop")
     )
     assert told.journal.usage.prompt_tokens_details.cached_tokens == 8
     assert told.journal.timings.prefill == 300.0
@@ -95,7 +97,7 @@ def test_a_resume_does_not_change_what_was_cached_of_the_prompt(told) -> None:
 def test_stages_are_observed_when_they_are_left(told) -> None:
     first = PrefillResult(OutputToken(0, 5), cached_tokens=0, queue_ms=0.0, compute_ms=0.0)
     with told.journal.keeping():
-        told.tell(0.5, routed(), 1.0, first, OutputToken(0, 5), 0.25, Started(0, 0, 0.0, 0.0), 2.0)
+        told.tell(0.5, routed(), 1.0, first, OutputToken(0, 5), 0.25, Started(0, 0.0, 0, 0.0, 0.0), 2.0)
         told.tell(OutputToken(1, 5, "length"))
     seconds = {
         stage: told.metric("stage_seconds_sum", stage=stage)

@@ -20,7 +20,7 @@ from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from tests.unit.gateway.scripted_worker_server import report
 
-STARTED = Started(0, 0, 0.0, 0.0)
+STARTED = Started(0, 0.0, 0, 0.0, 0.0)
 
 
 async def arriving(events):

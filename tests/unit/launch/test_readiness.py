@@ -17,7 +17,7 @@ STARTING = WorkerReport(
     worker_id="prefill-0",
     epoch=1,
     role="prefill",
-    state="starting",
+    state="draining",
     address="127.0.0.1:1",
     served_model="m",
     compatibility=Compatibility(model="m", revision="r", layout="l"),
