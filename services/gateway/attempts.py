@@ -17,6 +17,7 @@ from services.core.worker_report import WorkerKey
 from services.gateway.cluster_view import ClusterView
 from services.gateway.generation import AttemptFailed, Event, Generation
 from services.gateway.pipeline import Pipeline
+from services.gateway.waiting_line import WaitingLine
 from services.gateway.worker_client import OutputToken
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ class RetryPolicy:
 class Patience:
     """Whether and when one request may try again, and which workers it avoids."""
 
-    def __init__(self, policy: RetryPolicy, deadline: float, clock: Clock, rng: random.Random) -> None:
-        self._policy, self._deadline = policy, deadline
+    def __init__(
+        self, policy: RetryPolicy, line: WaitingLine, deadline: float, clock: Clock, rng: random.Random
+    ) -> None:
+        self._policy, self._line, self._deadline = policy, line, deadline
         self._clock, self._rng = clock, rng
         self._failures = 0
         self._waiting_since: float | None = None
@@ -48,30 +51,53 @@ class Patience:
         now = self._clock.now()
         return {worker for worker, end in self._excluded_until.items() if end > now}
 
+    async def turn(self) -> None:
+        """Wait while an older request must go first. Raises Overloaded if that takes too long."""
+        while self._line.holds_back(self):
+            self._wait_for_capacity(Overloaded("Older requests wait for room. Try again in a moment."))
+            await self._pause()
+
     def progress(self) -> None:
         """A token came: waiting for capacity, should it be needed again, starts anew."""
         self._waiting_since = None
+        self._line.leave(self)
+
+    def end(self) -> None:
+        """The request is over."""
+        self._line.leave(self)
 
     def admit_failure(self, failed: AttemptFailed) -> None:
         """Take note of a failed attempt. Raises its error when no other one may follow."""
-        now = self._clock.now()
         if not facts(failed.error).retryable:
             raise failed.error
         if lacks_capacity(failed.error):
-            self._waiting_since = now if self._waiting_since is None else self._waiting_since
-            if now - self._waiting_since >= self._policy.admission_timeout_s:
-                raise failed.error
+            self._line.join(self)
+            self._wait_for_capacity(failed.error)
             return
         self._failures += 1
         if self._failures >= self._policy.attempts_max:
             raise failed.error
         if failed.culprit is not None:
-            self._excluded_until[failed.culprit.key] = now + EXCLUSION_S
+            self._excluded_until[failed.culprit.key] = self._clock.now() + EXCLUSION_S
 
     async def pause(self, failed: AttemptFailed) -> None:
         """Wait before looking for capacity again; after other failures there is nothing to wait for."""
         if lacks_capacity(failed.error):
-            await self._clock.sleep(self._rng.uniform(PAUSE_MIN_S, PAUSE_MAX_S))
+            await self._pause()
+        self._check_deadline()
+
+    def _wait_for_capacity(self, reason: DiptychError) -> None:
+        """Raises `reason` when the request has waited without progress for as long as it may."""
+        now = self._clock.now()
+        self._waiting_since = now if self._waiting_since is None else self._waiting_since
+        if now - self._waiting_since >= self._policy.admission_timeout_s:
+            raise reason
+
+    async def _pause(self) -> None:
+        await self._clock.sleep(self._rng.uniform(PAUSE_MIN_S, PAUSE_MAX_S))
+        self._check_deadline()
+
+    def _check_deadline(self) -> None:
         if self._clock.now() >= self._deadline:
             raise DeadlineExceeded("The request waited for a worker until its time was over.")
 
@@ -87,24 +113,29 @@ async def attempts(
     with AttemptFailed. Raises the error of the last one.
     """
     delivered: list[int] = []
-    for attempt in itertools.count(1):
-        failed: AttemptFailed | None = None
-        sequence = generation.sequence(attempt, delivered)
-        async with aclosing(pipeline.attempt(sequence, patience.excluded, generation.deadline)) as events:
-            async for event in events:
-                if isinstance(event, AttemptFailed):
-                    failed = event
-                    break
-                if isinstance(event, OutputToken):
-                    delivered.append(event.token)
-                    patience.progress()
-                yield event
-        if failed is None:
-            return
-        _note(generation, attempt, failed, view)
-        patience.admit_failure(failed)
-        yield failed
-        await patience.pause(failed)
+    try:
+        for attempt in itertools.count(1):
+            if not delivered:  # an answer that has begun goes on first
+                await patience.turn()
+            failed: AttemptFailed | None = None
+            sequence = generation.sequence(attempt, delivered)
+            async with aclosing(pipeline.attempt(sequence, patience.excluded, generation.deadline)) as events:
+                async for event in events:
+                    if isinstance(event, AttemptFailed):
+                        failed = event
+                        break
+                    if isinstance(event, OutputToken):
+                        delivered.append(event.token)
+                        patience.progress()
+                    yield event
+            if failed is None:
+                return
+            _note(generation, attempt, failed, view)
+            patience.admit_failure(failed)
+            yield failed
+            await patience.pause(failed)
+    finally:
+        patience.end()
 
 
 def _note(generation: Generation, attempt: int, failed: AttemptFailed, view: ClusterView) -> None:

@@ -18,6 +18,7 @@ from services.gateway.pipeline import Pipeline
 from services.gateway.prompt import PromptReader
 from services.gateway.served_model import ServedModel
 from services.gateway.stop import StopMatcher
+from services.gateway.waiting_line import WaitingLine
 from services.gateway.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
@@ -44,6 +45,7 @@ class Gateway:
         )
         options = RouteOptions(split=config.route_split)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
+        self._line = WaitingLine(clock)
         self._retry_policy = RetryPolicy(config.attempts_max, config.admission_timeout_s)
 
     @property
@@ -53,7 +55,7 @@ class Gateway:
 
     def answer(self, generation: Generation, journal: Journal) -> AsyncGenerator[TextDelta, None]:
         """The way of one request, layer around layer. To be closed by whoever stops early."""
-        patience = Patience(self._retry_policy, generation.deadline, self.clock, self._rng)
+        patience = Patience(self._retry_policy, self._line, generation.deadline, self.clock, self._rng)
         text = AnswerText(
             Detokenizer(self.model.token_bytes, skip_special_tokens=generation.skip_special_tokens),
             StopMatcher(generation.stop),

@@ -14,7 +14,7 @@ from tests.support.cluster import ClusterSpec, RunningCluster
 from tests.support.completions import complete, greedy
 
 # 16 clients of 3 to 25 blocks each want more than there are.
-SHORT_OF_MEMORY = ClusterSpec(prefill=1, decode=1, split="always", blocks=72)
+SHORT_OF_MEMORY = ClusterSpec(prefill=1, decode=1, split="always", blocks=48)
 REQUESTS = 500
 CANCEL_SHARE = 0.2
 

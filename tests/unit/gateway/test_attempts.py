@@ -8,6 +8,7 @@ from services.core.clock import ManualClock
 from services.core.errors import FACTS, DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost
 from services.gateway.attempts import EXCLUSION_S, PAUSE_MAX_S, PAUSE_MIN_S, Patience, RetryPolicy
 from services.gateway.generation import AttemptFailed
+from services.gateway.waiting_line import HOLD_BACK_AFTER_S, WaitingLine
 from tests.unit.gateway.scripted_worker_server import report
 
 D1 = report("d1", "decode")
@@ -22,7 +23,7 @@ class JumpingClock(ManualClock):
 
 
 def patience(clock: ManualClock, deadline: float = 1000.0) -> Patience:
-    return Patience(POLICY, deadline, clock, random.Random(3))
+    return Patience(POLICY, WaitingLine(clock), deadline, clock, random.Random(3))
 
 
 @pytest.mark.parametrize("kind", [kind for kind, facts in FACTS.items() if not facts.retryable])
@@ -96,3 +97,46 @@ def test_a_failed_worker_is_avoided_for_a_while() -> None:
     assert budget.excluded == {D1.key}
     clock.advance(EXCLUSION_S)
     assert budget.excluded == set()
+
+
+class TestTheWaitingLine:
+    def setup_method(self) -> None:
+        self.clock = JumpingClock()
+        self.line = WaitingLine(self.clock)
+        self.old, self.young = self.waiter(), self.waiter()
+
+    def waiter(self) -> Patience:
+        return Patience(POLICY, self.line, 1000.0, self.clock, random.Random(3))
+
+    def refuse(self, waiter: Patience) -> None:
+        waiter.admit_failure(AttemptFailed(Overloaded("full"), D1))
+
+    async def test_nobody_waits_for_a_request_that_was_just_refused(self) -> None:
+        self.refuse(self.old)
+        await self.young.turn()
+        assert self.clock.now() == 0
+
+    async def test_younger_and_new_requests_hold_back_once_the_oldest_has_waited_long(self) -> None:
+        self.refuse(self.old)
+        self.refuse(self.young)
+        self.clock.advance(HOLD_BACK_AFTER_S)
+        assert self.line.holds_back(self.young)
+        assert self.line.holds_back(self.waiter())
+        await self.old.turn()
+        assert self.clock.now() == HOLD_BACK_AFTER_S
+
+    @pytest.mark.parametrize("leaving", ["progress", "end"])
+    async def test_the_next_may_go_when_the_oldest_is_served_or_over(self, leaving: str) -> None:
+        self.refuse(self.old)
+        self.clock.advance(HOLD_BACK_AFTER_S)
+        getattr(self.old, leaving)()
+        await self.young.turn()
+        assert self.clock.now() == HOLD_BACK_AFTER_S
+
+    async def test_holding_back_is_waiting_for_capacity_and_ends_like_it(self) -> None:
+        self.refuse(self.old)
+        self.clock.advance(HOLD_BACK_AFTER_S)
+        with pytest.raises(Overloaded, match="Older requests"):
+            await self.young.turn()
+        waited_s = self.clock.now() - HOLD_BACK_AFTER_S
+        assert POLICY.admission_timeout_s <= waited_s <= POLICY.admission_timeout_s + PAUSE_MAX_S
