@@ -31,7 +31,7 @@ up: run-setup
 test: setup
 	@$(PY) -m pytest -m "not full"
 
-# All 60 exactness prompts and the other full-size proofs (about an hour on two cores).
+# All 60 exactness prompts and the other full-size proofs (about 20 minutes on two cores).
 test-full: setup
 	@$(PY) -m pytest
 
