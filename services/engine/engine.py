@@ -21,6 +21,7 @@ from services.engine.messages import (
     Gauges,
     Landed,
     Limits,
+    Ping,
     Refused,
     Report,
     Revoked,
@@ -51,13 +52,14 @@ class Engine:
         self._prompt_tokens = 0
         self._prefix_hit_tokens = 0
         self._step: Step | None = None
+        self._pinged = False
         self._clear_report()
 
     @property
     def has_report(self) -> bool:
         return bool(
             self._admitted or self._refused or self._advanced or self._tokens
-            or self._revoked or self._dropped or self._step
+            or self._revoked or self._dropped or self._step or self._pinged
         )  # fmt: skip
 
     def handle(self, command: Command) -> None:
@@ -70,6 +72,8 @@ class Engine:
                 self._start(command)
             case Drop():
                 self._drop(command)
+            case Ping():
+                self._pinged = True
 
     def step(self) -> bool:
         """Admit, schedule, run, commit. False: there was nothing to run."""
@@ -203,6 +207,7 @@ class Engine:
         self._revoked: list[Revoked] = []
         self._dropped: list[str] = []
         self._step = None
+        self._pinged = False
 
     def _gauges(self) -> Gauges:
         sequences = self._scheduler.sequences()

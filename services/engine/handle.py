@@ -5,11 +5,13 @@ event loop, in order. When the engine dies every listener gets a Refused with `e
 """
 
 import asyncio
+import logging
 import mmap
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -25,6 +27,7 @@ from services.engine.messages import (
     EngineReady,
     EngineSetup,
     Gauges,
+    Ping,
     Refused,
     Report,
     Revoked,
@@ -36,6 +39,10 @@ from services.engine.pipe import LENGTH_BYTES, frame
 Event = Admitted | Advanced | Token | Revoked | Refused
 Listener = Callable[[Event], None]
 _STOP_GRACE_S = 5.0
+_PING_S = 1.0
+_STALLED_STEPS = 10
+
+logger = logging.getLogger(__name__)
 
 
 class EngineHandle:
@@ -47,6 +54,7 @@ class EngineHandle:
         self._listeners: dict[str, Listener] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self.gauges = Gauges()
+        self._heard_s = time.monotonic()
         self.failed = asyncio.Event()  # the engine process has ended unasked
         self.idle = asyncio.Event()  # no sequence is open
         self.idle.set()
@@ -57,6 +65,7 @@ class EngineHandle:
         pool_fd = os.memfd_create("diptych-kv")  # anonymous: no name to leak, no /dev/shm size limit
         os.ftruncate(pool_fd, setup.geometry.bytes)
         self.pool = memoryview(mmap.mmap(pool_fd, setup.geometry.bytes))
+        self._chunk_tokens_max = setup.limits.chunk_tokens_max
         fds = (theirs.fileno(), pool_fd)
         command = [sys.executable, "-m", "services.engine.process", *map(str, fds)]
         self._process = await asyncio.create_subprocess_exec(
@@ -97,6 +106,27 @@ class EngineHandle:
     def forget(self, seq_id: str) -> None:
         """The engine has finished the sequence by itself: there is nothing to drop."""
         self._close(seq_id)
+
+    async def watch(self, stalled_s: float) -> None:
+        """Kill an engine that has sequences and says nothing for `stalled_s` and ten of its longest steps:
+        one that hangs would hold them for ever. Its end is then noticed like any other."""
+        while True:
+            await asyncio.sleep(min(stalled_s / 4, _PING_S))
+            if self.idle.is_set():
+                self._heard_s = time.monotonic()
+                continue
+            self.send(Ping())
+            silent_s = time.monotonic() - self._heard_s
+            if silent_s > max(stalled_s, _STALLED_STEPS * self._longest_step_s(stalled_s)):
+                logger.error("the engine has said nothing for %.1f s and is killed", silent_s)
+                self._process.kill()
+                return
+
+    def _longest_step_s(self, unmeasured_s: float) -> float:
+        """A full chunk beside decoding sequences; `unmeasured_s` before the first prompt was computed."""
+        if self.gauges.prefill_ms_per_token == 0.0:
+            return unmeasured_s
+        return (self.gauges.decode_step_ms + self._chunk_tokens_max * self.gauges.prefill_ms_per_token) / 1e3
 
     async def stop(self) -> None:
         """End the process: at once if idle, else after the running step."""
@@ -147,6 +177,7 @@ class EngineHandle:
             listener(Refused(seq_id, label, "the worker's engine has died"))
 
     def _dispatch(self, report: Report) -> None:
+        self._heard_s = time.monotonic()
         self.gauges = report.gauges
         events: list[Event] = [*report.admitted, *report.advanced, *report.tokens]
         for event in (*events, *report.revoked, *report.refused):

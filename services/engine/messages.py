@@ -75,7 +75,11 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     seq_id: str
 
 
-Command = Submit | Landed | Start | Drop
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Asks for a report, as a sign of life: the engine reads commands only between two steps."""
+
+
+Command = Submit | Landed | Start | Drop | Ping
 
 
 class Admitted(msgspec.Struct, frozen=True):

@@ -50,6 +50,10 @@ class WorkerConfig:
     pull_wait_s: float = field(
         default=5.0, metadata={"help": "how long prefill and pull wait for each other"}
     )
+    step_stalled_s: float = field(
+        default=20.0,
+        metadata={"help": "an engine silent for so long (and for ten of its steps) is hung, and is ended"},
+    )
     drain_grace_s: float = field(
         default=10.0, metadata={"help": "how long running sequences may finish after SIGTERM"}
     )

@@ -70,6 +70,7 @@ def _check(config: WorkerConfig) -> None:
         "waiting_max",
         "chunk_tokens_max",
         "step_ms_target",
+        "step_stalled_s",
         "lease_ttl_s",
         "pull_wait_s",
     )

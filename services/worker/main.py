@@ -79,6 +79,7 @@ class Worker:
                 tasks.start(self._publisher.run()),
                 tasks.start(self._server.leases.expire_forever()),
             ]
+            tasks.start(self._engine.watch(self._config.step_stalled_s))
             ending = [tasks.start(stop.wait()), tasks.start(self._engine.failed.wait())]
             logger.info(
                 "ready on %s", self._server.address, extra={"worker_id": self._identity.key.worker_id}
