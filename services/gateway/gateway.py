@@ -46,6 +46,7 @@ class Gateway:
         options = RouteOptions(split=config.route_split)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
         self._line = WaitingLine(clock)
+        self.metrics.waiting.set_function(lambda: len(self._line))
         self._retry_policy = RetryPolicy(config.attempts_max, config.admission_timeout_s)
 
     @property

@@ -16,6 +16,9 @@ class WaitingLine:
         self._clock = clock
         self._since: dict[object, float] = {}  # by request, oldest first
 
+    def __len__(self) -> int:
+        return len(self._since)
+
     def join(self, request: object) -> None:
         """The request found no room. Keeps the place of one that is in the line already."""
         self._since.setdefault(request, self._clock.now())

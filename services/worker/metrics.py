@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from services.core.errors import DiptychError, facts
 from services.engine.messages import Gauges, Report
@@ -16,6 +16,7 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 class WorkerMetrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self._engine = _EngineSeries(registry)
         self._transfer = _TransferSeries(registry)
         self._failures = Counter(

@@ -122,6 +122,7 @@ class TestTheWaitingLine:
         self.clock.advance(HOLD_BACK_AFTER_S)
         assert self.line.holds_back(self.young)
         assert self.line.holds_back(self.waiter())
+        assert len(self.line) == 2
         await self.old.turn()
         assert self.clock.now() == HOLD_BACK_AFTER_S
 
