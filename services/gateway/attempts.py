@@ -31,7 +31,8 @@ PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 0.2  # between two looks for capacity
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     attempts_max: int = 4
-    admission_timeout_s: float = 30.0  # how long to wait for capacity without any progress
+    admission_timeout_s: float = 120.0  # how long to wait for room without any progress
+    no_worker_timeout_s: float = 15.0  # the same while no worker is there at all
 
 
 class Patience:
@@ -90,7 +91,9 @@ class Patience:
         """Raises `reason` when the request has waited without progress for as long as it may."""
         now = self._clock.now()
         self._waiting_since = now if self._waiting_since is None else self._waiting_since
-        if now - self._waiting_since >= self._policy.admission_timeout_s:
+        policy = self._policy
+        limit_s = policy.no_worker_timeout_s if isinstance(reason, NoWorker) else policy.admission_timeout_s
+        if now - self._waiting_since >= limit_s:
             raise reason
 
     async def _pause(self) -> None:

@@ -26,7 +26,10 @@ class GatewayConfig:
         default=600.0, metadata={"help": "a request that takes longer ends with an error"}
     )
     admission_timeout_s: float = field(
-        default=30.0, metadata={"help": "how long a request may wait for a worker with room"}
+        default=120.0, metadata={"help": "how long a request may wait for a worker with room"}
+    )
+    no_worker_timeout_s: float = field(
+        default=15.0, metadata={"help": "how long a request may wait when no worker is alive at all"}
     )
     attempts_max: int = field(
         default=4, metadata={"help": "attempts per request; waiting for room is not counted"}

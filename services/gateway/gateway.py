@@ -47,7 +47,9 @@ class Gateway:
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
         self._line = WaitingLine(clock)
         self.metrics.waiting.set_function(lambda: len(self._line))
-        self._retry_policy = RetryPolicy(config.attempts_max, config.admission_timeout_s)
+        self._retry_policy = RetryPolicy(
+            config.attempts_max, config.admission_timeout_s, config.no_worker_timeout_s
+        )
 
     @property
     def ready(self) -> bool:

@@ -38,7 +38,13 @@ async def start_cluster(served_model: ServedModel, network: bool):
     async with AsyncExitStack() as stack:
 
         async def start(*, reports=None, answer: str = ANSWER, **config) -> InMemoryCluster:
-            config = {"route_split": "always", "seed": 7, "admission_timeout_s": 0.5, **config}
+            config = {
+                "route_split": "always",
+                "seed": 7,
+                "admission_timeout_s": 0.5,
+                "no_worker_timeout_s": 0.5,
+                **config,
+            }
             cluster = InMemoryCluster(served_model, GatewayConfig(**config), answer)
             reports = four_workers() if reports is None else reports
             return await stack.enter_async_context(cluster.serving(*reports, network=network))

@@ -208,7 +208,7 @@ class TestErrors:
         assert "a bug" not in answered.text
 
     async def test_no_worker_is_a_503_with_retry_after(self, start_cluster) -> None:
-        cluster = await start_cluster(reports=[], admission_timeout_s=0.05)
+        cluster = await start_cluster(reports=[], no_worker_timeout_s=0.05)
         answered = await cluster.http.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
         assert answered.status_code == 503
         assert int(answered.headers["Retry-After"]) >= 1

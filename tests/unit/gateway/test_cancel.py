@@ -45,7 +45,7 @@ async def test_a_client_that_goes_in_the_stream_cancels_the_decode(cluster) -> N
 
 
 async def test_a_client_that_goes_while_the_request_waits_for_room_ends_it(start_cluster) -> None:
-    cluster = await start_cluster(reports=[], admission_timeout_s=600)
+    cluster = await start_cluster(reports=[], no_worker_timeout_s=600)
     with pytest.raises(httpx.ReadTimeout):
         await cluster.http.post("/v1/completions", json={"model": MODEL, "prompt": "a"}, timeout=0.05)
     assert await cancelled_kinds(cluster) == set()
