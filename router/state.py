@@ -102,16 +102,6 @@ class Route:
         return self._worker("decode") or self._worker("alone")
 
     @property
-    def prefill_cached_tokens(self) -> int:
-        """Prompt tokens that the worker computing the prompt need not compute."""
-        return self.chosen[0].cached_tokens
-
-    @property
-    def decode_cached_tokens(self) -> int:
-        """Prompt tokens whose KV the decode worker already has; 0 when there is none."""
-        return 0 if self.decode is None else self.chosen[-1].cached_tokens
-
-    @property
     def cost_ms(self) -> float:
         return sum(offer.cost_ms for offer in self.chosen)
 

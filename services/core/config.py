@@ -8,7 +8,7 @@ A key that no field has, and a value of the wrong type, are errors that name the
 mistake must never become a silent default.
 
 Fields may be str, int, float, bool, Path, a Literal, or one of these or None. Each says what it is
-for in `metadata={"help": ...}`.
+for in `metadata={"help": ...}`; a number may be limited with `"range": (least, most)` beside it.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def load_config(
 ) -> T:
     """A `kind` from its three sources. `flags` maps field names to values, those not given left out.
 
-    Raises ConfigError for an unknown key, a value of the wrong type, a missing required field, and
-    a file that cannot be read or parsed.
+    Raises ConfigError for an unknown key, a value of the wrong type or out of its range, a missing
+    required field, and a file that cannot be read or parsed.
     """
     hints = get_type_hints(kind)
     values: dict[str, object] = {}
@@ -60,6 +60,7 @@ def load_config(
         if setting.field not in _names(kind):
             raise ConfigError(f"{setting.source}: unknown setting {setting.key!r}{_hint(kind, setting)}")
         values[setting.field] = _convert(setting, hints[setting.field])
+        _check_range(setting, values[setting.field], kind.__dataclass_fields__[setting.field])
     for field in fields(kind):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{field.name} is required: {_ways_to_set(section, field.name)}")
@@ -129,6 +130,15 @@ def _convert(setting: Setting, hint: Any) -> object:
         raise ConfigError(
             f"{setting.source}: {setting.key} must be {wanted}, not {setting.value!r}"
         ) from error
+
+
+def _check_range(setting: Setting, value: Any, field: Field[Any]) -> None:
+    limits = field.metadata.get("range")
+    if limits is None or value is None:
+        return
+    least, most = limits
+    if not least <= value <= most:
+        raise ConfigError(f"{setting.source}: {setting.key} must be from {least} to {most}, not {value}")
 
 
 def _to_path(kind: type, value: object) -> Path:

@@ -69,10 +69,6 @@ class Timeline:
         self._on_leave(self.stage, spent)
         self.stage, self.entered_at = stage, now
 
-    @property
-    def ended(self) -> bool:
-        return self.stage in ENDS
-
     def seconds_in(self, stage: Stage) -> float:
         """Time spent in finished visits of `stage`, over all attempts."""
         return self._seconds.get(stage, 0.0)

@@ -25,7 +25,9 @@ from services.wire.generated import worker_pb2
 
 logger = logging.getLogger(__name__)
 
-DecodeOutput = worker_pb2.DecodeStarted | worker_pb2.SampledToken | worker_pb2.WorkerFailure
+DecodeOutput = (
+    worker_pb2.DecodeReserved | worker_pb2.DecodeStarted | worker_pb2.SampledToken | worker_pb2.WorkerFailure
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class DecodeSequence:
         if self._source is None:
             self._emit(worker_pb2.DecodeStarted(cached_tokens=event.cached_tokens, queue_ms=event.queue_ms))
             return
+        self._emit(worker_pb2.DecodeReserved())
         self._receiving = asyncio.create_task(self._receive(self._source, event))
         # Not in the task itself: one that is cancelled before its first turn never runs a line.
         self._receiving.add_done_callback(lambda task: self._received(event, task))

@@ -91,6 +91,8 @@ class Session:
         match output:
             case worker_pb2.SampledToken():
                 event.token.CopyFrom(output)
+            case worker_pb2.DecodeReserved():
+                event.reserved.CopyFrom(output)
             case worker_pb2.DecodeStarted():
                 event.started.CopyFrom(output)
             case worker_pb2.WorkerFailure():

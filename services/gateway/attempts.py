@@ -15,7 +15,7 @@ from services.core.clock import Clock
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost, facts
 from services.core.worker_report import WorkerKey
 from services.gateway.cluster_view import ClusterView
-from services.gateway.generation import AttemptFailed, Event, Generation
+from services.gateway.generation import AttemptFailed, Event, Generation, Routed
 from services.gateway.pipeline import Pipeline
 from services.gateway.waiting_line import WaitingLine
 from services.gateway.worker_client import OutputToken
@@ -45,6 +45,7 @@ class Patience:
         self._clock, self._rng = clock, rng
         self._failures = 0
         self._waiting_since: float | None = None
+        self._workerless_since: float | None = None
         self._excluded_until: dict[WorkerKey, float] = {}
 
     @property
@@ -56,12 +57,17 @@ class Patience:
         """Wait while an older request must go first. Raises Overloaded if that takes too long."""
         while self._line.holds_back(self):
             self._wait_for_capacity(Overloaded("Older requests wait for room. Try again in a moment."))
-            await self._pause()
+            await self._line.until_moved(PAUSE_MAX_S)
+            self._check_deadline()
 
-    def progress(self) -> None:
-        """A token came: waiting for capacity, should it be needed again, starts anew."""
-        self._waiting_since = None
-        self._line.leave(self)
+    def note(self, event: Event) -> None:
+        """Any word from a worker means that it has room: the next in the line may go. Only a token is
+        progress, after which waiting for capacity, should it be needed again, starts anew."""
+        if not isinstance(event, Routed):
+            self._line.leave(self)
+            self._workerless_since = None
+        if isinstance(event, OutputToken):
+            self._waiting_since = None
 
     def end(self) -> None:
         """The request is over."""
@@ -72,7 +78,6 @@ class Patience:
         if not facts(failed.error).retryable:
             raise failed.error
         if lacks_capacity(failed.error):
-            self._line.join(self)
             self._wait_for_capacity(failed.error)
             return
         self._failures += 1
@@ -90,10 +95,19 @@ class Patience:
     def _wait_for_capacity(self, reason: DiptychError) -> None:
         """Raises `reason` when the request has waited without progress for as long as it may."""
         now = self._clock.now()
-        self._waiting_since = now if self._waiting_since is None else self._waiting_since
-        policy = self._policy
-        limit_s = policy.no_worker_timeout_s if isinstance(reason, NoWorker) else policy.admission_timeout_s
-        if now - self._waiting_since >= limit_s:
+        if self._waiting_since is None:
+            self._waiting_since = now
+        if not isinstance(reason, NoWorker):
+            self._workerless_since = None
+        elif self._workerless_since is None:
+            self._workerless_since = now
+        self._line.join(self, self._waiting_since)
+        if now - self._waiting_since >= self._policy.admission_timeout_s:
+            raise reason
+        if (
+            self._workerless_since is not None
+            and now - self._workerless_since >= self._policy.no_worker_timeout_s
+        ):
             raise reason
 
     async def _pause(self) -> None:
@@ -127,9 +141,9 @@ async def attempts(
                     if isinstance(event, AttemptFailed):
                         failed = event
                         break
+                    patience.note(event)
                     if isinstance(event, OutputToken):
                         delivered.append(event.token)
-                        patience.progress()
                     yield event
             if failed is None:
                 return

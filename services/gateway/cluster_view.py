@@ -6,8 +6,10 @@ there, and no time counts while Redis does not answer.
 """
 
 import logging
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 LEASE_GRACE_S = 2.0
 # A worker that was just lost is not offered for this long: its lease may still have time to run.
 SUSPICION_S = 1.0
+# A request that waits for room asks where its prefix is cached many times a second, always with the
+# same tokens: the hashes of so many prompts are kept.
+CHAINS_KEPT = 256
 
 
 class ClusterView:
@@ -44,6 +49,8 @@ class ClusterView:
         self._listed_at: dict[str, float] = {}
         self._suspected_until: dict[WorkerKey, float] = {}
         self._store_answers = True
+        self._other_models: dict[str, str] = {}  # by id of a worker that is left out for its model
+        self._chain_hashes = lru_cache(CHAINS_KEPT)(_chain_hashes)
         self.in_flight = InFlight(clock)
 
     async def follow(self, every_s: float) -> None:
@@ -79,7 +86,20 @@ class ClusterView:
             logger.info("membership answers again")
             self._store_answers = True
             self._listed_at = dict.fromkeys(self._listed_at, self._clock.now())
+        self._warn_of_other_models(listed)
         return [report for report in listed if report.served_model == self._served_model]
+
+    def _warn_of_other_models(self, listed: Sequence[WorkerReport]) -> None:
+        """Once for each worker, until it changes its model or has been away."""
+        others = {w.worker_id: w.served_model for w in listed if w.served_model != self._served_model}
+        for worker_id, model in others.items():
+            if self._other_models.get(worker_id) != model:
+                logger.warning(
+                    "worker %s is left out: it serves %r, this gateway serves %r",
+                    *(worker_id, model, self._served_model),
+                    extra={"worker_id": worker_id},
+                )
+        self._other_models = others
 
     @property
     def ready(self) -> bool:
@@ -131,13 +151,19 @@ class ClusterView:
         alike: defaultdict[Compatibility, list[WorkerKey]] = defaultdict(list)
         for report in self._reports.values():
             alike[report.compatibility].append(report.key)
+        token_bytes = array("i", token_ids).tobytes()
         cached_tokens: dict[str, int] = {}
         for compatibility, workers in alike.items():
             block_size = compatibility.block_size
-            hashes = chain_hashes(token_ids, block_size, chain_root(compatibility, salt))
+            hashes = self._chain_hashes(token_bytes, block_size, chain_root(compatibility, salt))
             try:
                 blocks = await self._index.locate(hashes, workers) if hashes else {}
             except StoreUnavailable:
                 return {}
             cached_tokens |= {worker.worker_id: count * block_size for worker, count in blocks.items()}
         return cached_tokens
+
+
+def _chain_hashes(token_bytes: bytes, block_size: int, root: bytes) -> list[bytes]:
+    """`chain_hashes` of native int32 token ids: bytes are a small cache key that is quickly compared."""
+    return chain_hashes(array("i", token_bytes), block_size, root)

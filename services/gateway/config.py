@@ -7,7 +7,7 @@ from typing import Literal
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
-    port: int = field(default=8000, metadata={"help": "HTTP port (0: a free one)"})
+    port: int = field(default=8000, metadata={"help": "HTTP port (0: a free one)", "range": (0, 65535)})
     redis: str = field(default="", metadata={"help": "URL of the Redis that the cluster shares"})
     model: str = field(
         default="", metadata={"help": "GGUF file or Hugging Face folder (default: the default model)"}

@@ -2,11 +2,15 @@
 
 `tokenizers.decoders.DecodeStream` decodes a growing window twice per token and gives nothing at all
 while the bytes stay invalid, so a model that babbles bytes makes it quadratic and mute. Here each
-token becomes its bytes once, and an incremental UTF-8 decoder does the rest: constant time per
-token, and the same replacement characters as decoding everything at once.
+token becomes its bytes once, and an incremental UTF-8 decoder does the rest: constant time per token.
 
 Two families of tokenizers exist among the supported models. Byte-level BPE writes every byte as a
 printable character (GPT-2's table); SentencePiece writes a space as U+2581 and rare bytes as <0x0A>.
+
+For byte-level BPE the replacement characters are those of decoding everything at once. For
+SentencePiece they differ where bytes are invalid: `tokenizers` replaces every byte of a run of byte
+tokens that is not valid as a whole, and so loses the whole characters in it; here these are kept, and
+only the invalid bytes are replaced.
 """
 
 import codecs
@@ -74,7 +78,9 @@ class TokenBytes:
 
 
 class Detokenizer:
-    """The text of one answer. Pieces concatenate to what decoding all ids at once gives."""
+    """The text of one answer. Pieces concatenate to what decoding all ids at once gives, except that
+    SentencePiece's whole characters survive beside invalid bytes (see the module's docstring).
+    """
 
     def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool = True) -> None:
         self._bytes = token_bytes

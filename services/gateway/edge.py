@@ -13,7 +13,12 @@ _REQUEST_ID_LENGTH_MAX = 128
 
 
 class Edge:
-    """ASGI middleware. Puts `request_id` and `received_at` (seconds of the clock) into the state."""
+    """ASGI middleware. Puts into the state:
+
+    - `request_id`: ours, unique; answers and logs are named by it,
+    - `client_request_id`: the id that goes back in the header: the client's own, ours if it gave none,
+    - `received_at`: when the request came, in seconds of the clock.
+    """
 
     def __init__(self, app: ASGIApp, clock: Clock, body_bytes_max: int) -> None:
         self._app, self._clock, self._body_bytes_max = app, clock, body_bytes_max
@@ -22,13 +27,15 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _client_request_id(scope) or uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        scope["state"]["received_at"] = self._clock.now()
+        request_id = uuid.uuid4().hex
+        client_request_id = _client_request_id(scope) or request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state["client_request_id"] = request_id, client_request_id
+        state["received_at"] = self._clock.now()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = client_request_id
             await send(message)
 
         await self._app(scope, self._limited(scope, receive), send_with_id)

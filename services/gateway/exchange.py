@@ -6,9 +6,8 @@ answer is streamed or not.
 
 import asyncio
 import logging
-import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -16,11 +15,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.core.child_tasks import ChildTasks
-from services.core.errors import DiptychError
+from services.core.errors import DeadlineExceeded, DiptychError, NoWorker
 from services.gateway.answer import TextDelta
 from services.gateway.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
 from services.gateway.gateway import Gateway
-from services.gateway.http_errors import error_body, internal_error_body
+from services.gateway.http_errors import diptych_error_response, error_body, internal_error_body
 from services.gateway.journal import Journal
 from services.gateway.responses import Timings
 from services.gateway.schema import ChatCompletionRequest, GenerationRequest
@@ -28,14 +27,16 @@ from services.gateway.sse import EventStream
 
 logger = logging.getLogger(__name__)
 
+SEND_GRACE_S = 2.0  # for bytes that are on their way when an answer's time is over
+
 
 class Exchange(Response):
     def __init__(self, gateway: Gateway, endpoint: str, body: GenerationRequest, http: Request) -> None:
         super().__init__()
         self._gateway, self._body = gateway, body
         # Ours, not the client's: two requests with one X-Request-Id must not meet on a worker.
-        self._request_id = uuid.uuid4().hex
-        self._client_request_id: str = http.state.request_id
+        self._request_id: str = http.state.request_id
+        self._client_request_id: str = http.state.client_request_id
         self._journal = Journal(endpoint, gateway.clock, gateway.metrics, http.state.received_at)
         form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
         self._format: AnswerFormat = form(self._request_id, gateway.model.name)
@@ -48,7 +49,7 @@ class Exchange(Response):
         stream = EventStream(send)
         try:
             with self._journal.keeping(), self._gateway.admission.slot():
-                async with aclosing(self._deltas()) as deltas:
+                async with self._in_time(), aclosing(self._deltas()) as deltas:
                     if self._body.stream:
                         await self._stream(deltas, stream)
                     else:
@@ -58,11 +59,28 @@ class Exchange(Response):
             if not stream.started:
                 raise
             await self._end_with(stream, error_body(error).model_dump_json())
+        except asyncio.CancelledError:
+            if self._gateway.draining:  # the grace period is over; the client must not wonder
+                ended = NoWorker("The server is shutting down. Try again in a moment.")
+                if stream.started:
+                    await self._end_with(stream, error_body(ended).model_dump_json())
+                else:
+                    await diptych_error_response(ended)(scope, receive, send)
+            raise
         except Exception:
             if not stream.started:
                 raise
             logger.exception("the request failed", extra={"request_id": self._request_id})
             await self._end_with(stream, internal_error_body().model_dump_json())
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Also a client that stops reading must not hold its place for ever."""
+        try:
+            async with asyncio.timeout(self._gateway.config.request_timeout_s + SEND_GRACE_S):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded("The client did not read its answer in time.") from None
 
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
@@ -101,8 +119,10 @@ class Exchange(Response):
 
     async def _end_with(self, stream: EventStream, error: str) -> None:
         """An error after the first byte: the status is gone, so it is an event, and no [DONE] follows."""
-        await stream.event(error)
-        await stream.end()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SEND_GRACE_S):
+                await stream.event(error)
+                await stream.end()
 
     @property
     def _timings(self) -> Timings | None:

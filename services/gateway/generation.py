@@ -10,7 +10,7 @@ from router.state import Route
 from services.core.errors import DiptychError
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerReport
-from services.gateway.worker_client import OutputToken, PrefillResult, Sequence, Started
+from services.gateway.worker_client import OutputToken, PrefillResult, Reserved, Sequence, Started
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,5 +59,5 @@ class AttemptFailed:
     culprit: WorkerReport | None = None
 
 
-WorkerEvent = PrefillResult | Started | OutputToken
+WorkerEvent = PrefillResult | Reserved | Started | OutputToken
 Event = Routed | WorkerEvent | AttemptFailed

@@ -22,7 +22,7 @@ def install_error_handlers(app: FastAPI, metrics: GatewayMetrics, endpoints: dic
 
     async def on_diptych_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, DiptychError)
-        return error_response(facts(error).http_status, error_body(error), _retry_headers(error))
+        return diptych_error_response(error)
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -56,6 +56,10 @@ def internal_error_body() -> ErrorBody:
     return _body(INTERNAL, 500)
 
 
+def diptych_error_response(error: DiptychError) -> Response:
+    return error_response(facts(error).http_status, error_body(error), _retry_headers(error))
+
+
 def error_response(status: int, body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
     # ASCII, because a message may quote a client's text, which need not be valid Unicode.
     content = json.dumps(body.model_dump())
@@ -79,26 +83,32 @@ def _first_problem(invalid: RequestValidationError) -> BadRequest:
     if problems[0]["type"] == "json_invalid":
         reason = problems[0].get("ctx", {}).get("error", problems[0]["msg"])
         return BadRequest(f"The body is not valid JSON: {reason}.")
-    located = [(_param(problem["loc"][1:], invalid.body), problem) for problem in problems]
     # Of a field that may have one of several types, the problem found deepest is the one that was meant.
-    of_first_field = [entry for entry in located if entry[1]["loc"][:2] == problems[0]["loc"][:2]]
-    param, problem = max(of_first_field, key=lambda entry: len(entry[0]))
-    if not param:
+    of_first_field = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    paths = [_path(problem["loc"][1:], invalid.body) for problem in of_first_field]
+    path, problem = max(zip(paths, of_first_field, strict=True), key=lambda located: len(located[0]))
+    if not path:
         return BadRequest("The body must be a JSON object, sent with Content-Type: application/json.")
+    param = _as_param(path)
     return BadRequest(f"{param}: {problem['msg']}", param)
 
 
-def _param(location: Sequence[str | int], body: object) -> str:
-    """Where in the body the problem is, like messages[0].content.
+def _path(location: Sequence[str | int], body: object) -> list[str | int]:
+    """The keys and indices that lead to the problem in the body.
 
     Pydantic's location also names the alternatives of a union; they are not in the body and left out.
     """
-    path = ""
+    path: list[str | int] = []
     for key in location:
         if isinstance(key, int) and isinstance(body, list):
-            path += f"[{key}]"
+            path.append(key)
             body = body[key] if key < len(body) else None
         elif isinstance(key, str) and isinstance(body, dict):
-            path += f".{key}" if path else key
+            path.append(key)
             body = body.get(key)
     return path
+
+
+def _as_param(path: Sequence[str | int]) -> str:
+    """As OpenAI writes paths, like messages[0].content."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")

@@ -63,7 +63,11 @@ class Pipeline:
             return None
         if logger.isEnabledFor(logging.DEBUG):
             context = {"request_id": sequence.request_id}
-            logger.debug("routed attempt %d:\n%s", sequence.attempt, "\n".join(chosen.reasons), extra=context)
+            logger.debug(
+                "routed attempt %d, first token expected in %.0f ms:\n%s",
+                *(sequence.attempt, chosen.expected_ttft_ms, "\n".join(chosen.reasons)),
+                extra=context,
+            )
         return Routed(
             route=chosen,
             prefill=self._view.report(chosen.prefill) if chosen.prefill else None,

@@ -1,6 +1,7 @@
 """From a checked request to a Generation: chat template, tokens, limits, sampling parameters."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +10,17 @@ from typing import TypeVar
 from services.core.errors import BadRequest, UnknownModel
 from services.core.sampling import SamplingParams
 from services.gateway.generation import Generation
-from services.gateway.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from services.gateway.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 from services.gateway.served_model import ServedModel
 
 T = TypeVar("T")
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions
 SEED_BITS = 63  # a seed must fit a signed 64-bit integer on a device
-# Tokenising takes about a millisecond per 2,000 characters: longer texts go to a thread, so that
-# the streams of other requests go on meanwhile.
+# Tokenising takes about a millisecond per 2,000 characters: longer prompts are rendered and tokenised
+# in a thread, so that the streams of other requests go on meanwhile.
 THREAD_CHARACTERS_MIN = 2_000
+_MESSAGE_CHARACTERS = 50  # what rendering one message costs besides its text, as characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +54,27 @@ class PromptReader:
             case CompletionRequest(prompt=list() as ids):
                 prompt_ids = self._checked(ids, "prompt")
             case CompletionRequest(prompt=str() as text):
-                prompt_ids = await self._tokenized(text, True)
+                prompt_ids = await self._tokenized(len(text), lambda: text, add_special_tokens=True)
             case ChatCompletionRequest(messages=messages):
-                stated = [message.for_template() for message in messages]
-                prompt_ids = await self._tokenized(self.model.tokenizer.render_chat(stated), False)
+                prompt_ids = await self._tokenized(
+                    _characters(messages), lambda: self._rendered(messages), add_special_tokens=False
+                )
             case _:
                 raise AssertionError(f"no prompt in a {type(request).__name__}")
         if not prompt_ids:
             raise BadRequest("The prompt is empty. Give at least one token.", _prompt_param(request))
         return prompt_ids
 
-    async def _tokenized(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def _tokenized(
+        self, characters: float, text: Callable[[], str], *, add_special_tokens: bool
+    ) -> list[int]:
         def encode() -> list[int]:
-            return self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return self.model.tokenizer.encode(text(), add_special_tokens=add_special_tokens)
 
-        return await asyncio.to_thread(encode) if len(text) > THREAD_CHARACTERS_MIN else encode()
+        return await asyncio.to_thread(encode) if characters > THREAD_CHARACTERS_MIN else encode()
+
+    def _rendered(self, messages: list[ChatMessage]) -> str:
+        return self.model.tokenizer.render_chat([message.for_template() for message in messages])
 
     def _max_tokens(self, request: GenerationRequest, prompt_tokens: int) -> int:
         """What the client asked for, or the default, within the context."""
@@ -118,6 +126,13 @@ class PromptReader:
                 f"Token id {outside} is outside the vocabulary of {self.model.tokenizer.vocab_size}.", param
             )
         return ids
+
+
+def _characters(messages: list[ChatMessage]) -> float:
+    """About how long a conversation is; without limit where that cannot be seen from its texts."""
+    if not all(message.is_plain_text for message in messages):
+        return math.inf
+    return sum(len(message.content or "") + _MESSAGE_CHARACTERS for message in messages)
 
 
 def _prompt_param(request: GenerationRequest) -> str:

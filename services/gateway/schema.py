@@ -2,12 +2,16 @@
 
 A parameter that would change the answer and is not built is refused by name, so nobody gets an answer
 to another question than was asked. Other fields we do not know are ignored, with one log line each.
+
+Bodies are checked on the event loop, so a list is checked only up to its first bad element: an error
+for each of 300,000 bad token ids would stop every stream for seconds.
 """
 
 import logging
+import reprlib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from services.core.errors import BadRequest
 
@@ -51,7 +55,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (),
 }
 # Known to change nothing that we promise.
-_HARMLESS = {"metadata", "user", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
+_HARMLESS = {"metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
 _UNKNOWN_NAMES_MAX = 1000  # bounds the memory of who has been warned about
 _warned: set[str] = set()
 
@@ -66,9 +70,24 @@ def _unicode(text: str) -> str:
     return text
 
 
+def _only_prompt(prompt: object) -> object:
+    """Many clients send a list of prompts even for one."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+        return prompt
+    if len(prompt) > 1:
+        raise ValueError("several prompts in one request are not supported; send one request for each")
+    return prompt[0]
+
+
 Text = Annotated[str, AfterValidator(_unicode)]
 StopString = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+_ListOfOnePrompt = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=1)]
+Prompt = Annotated[
+    Text | TokenIds,
+    BeforeValidator(_only_prompt, json_schema_input_type=Text | TokenIds | _ListOfOnePrompt),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -85,13 +104,17 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _only_assistants_may_be_silent(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a {self.role} message needs content")
         return self
+
+    @property
+    def is_plain_text(self) -> bool:
+        return isinstance(self.content, str) and not self.model_extra
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know messages: content is one string, the developer is the system."""
@@ -121,7 +144,7 @@ class GenerationRequest(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int | None = Field(None, description="the same seed gives the same answer; drawn if not given")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -155,7 +178,9 @@ class GenerationRequest(BaseModel):
         """Raise BadRequest for parameters that contradict each other or that are not built."""
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED and value is not None and not _asks_for_nothing(name, value):
-                raise BadRequest(f"'{name}' is not supported by this server (got {value!r:.100}).", name)
+                raise BadRequest(
+                    f"'{name}' is not supported by this server (got {reprlib.repr(value)}).", name
+                )
             if name not in UNSUPPORTED and name not in _HARMLESS:
                 _warn_once(name)
         if self.stream_options is not None and not self.stream:
@@ -163,7 +188,7 @@ class GenerationRequest(BaseModel):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="default: the rest of the context; wins over max_tokens"
     )
@@ -178,7 +203,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Text | list[TokenId] = Field(description="text, or token ids")
+    prompt: Prompt = Field(description="text, or token ids, or a list of one of these")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default 16")
 
 

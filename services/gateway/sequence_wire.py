@@ -2,7 +2,14 @@
 
 from services.core.errors import DiptychError, from_label
 from services.core.worker_report import WorkerReport
-from services.gateway.worker_client import DecodeEvent, OutputToken, PrefillResult, Sequence, Started
+from services.gateway.worker_client import (
+    DecodeEvent,
+    OutputToken,
+    PrefillResult,
+    Reserved,
+    Sequence,
+    Started,
+)
 from services.wire.convert import finish_from_wire, sampling_to_wire
 from services.wire.generated import worker_pb2
 
@@ -45,6 +52,8 @@ def prefill_from_wire(wire: worker_pb2.PrefillReply) -> PrefillResult:
 def event_from_wire(wire: worker_pb2.DecodeEvent) -> DecodeEvent | DiptychError | None:
     """The event, the error that a failure carries, or None for a kind that a newer worker sends."""
     match wire.WhichOneof("event"):
+        case "reserved":
+            return Reserved()
         case "started":
             s = wire.started
             return Started(s.cached_tokens, s.queue_ms, s.transferred_bytes, s.transfer_ms, s.exposed_ms)

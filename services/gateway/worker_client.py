@@ -46,6 +46,10 @@ class PrefillResult(msgspec.Struct, frozen=True):
     compute_ms: float
 
 
+class Reserved(msgspec.Struct, frozen=True):
+    """A decode worker has room for the sequence; its KV is on its way."""
+
+
 class Started(msgspec.Struct, frozen=True):
     """A decode worker has the KV, or room to compute it; its tokens follow."""
 
@@ -56,7 +60,7 @@ class Started(msgspec.Struct, frozen=True):
     exposed_ms: float  # the part of it after the prefill's end
 
 
-DecodeEvent = Started | OutputToken
+DecodeEvent = Reserved | Started | OutputToken
 
 
 class WorkerClient(Protocol):
@@ -67,7 +71,7 @@ class WorkerClient(Protocol):
     def decode(
         self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
     ) -> AsyncGenerator[DecodeEvent, None]:
-        """Started, then the tokens up to one with a finish reason.
+        """Perhaps Reserved, then Started, then the tokens up to one with a finish reason.
 
         With a `source` the KV is pulled from there and the first token of the attempt is not repeated;
         without, the worker computes the prompt itself. Raises the error that the worker reported, or

@@ -129,18 +129,25 @@ class LocalCluster:
         flags = ["--role", role, "--worker-id", worker_id, *self._common_flags()]
         flags += ["--dtype", self._plan.dtype, "--threads", str(threads)]
         flags += ["--blocks", str(self._plan.blocks)] if self._plan.blocks else []
-        environment = {**_log_format(), **thread_environment(threads)}
+        environment = {**self._environment("worker"), **thread_environment(threads)}
         spec = ChildSpec(name, diptych("worker", *flags), environment, self._log(name))
         return Child(spec, WorkerReadiness(self._membership, worker_id))
 
     def _gateway_spec(self) -> ChildSpec:
         flags = ["--host", self._plan.host, "--port", str(self._plan.port), *self._common_flags()]
         flags += ["--route-split", self._plan.route_split] if self._plan.route_split else []
-        return ChildSpec("gateway", diptych("gateway", *flags), _log_format(), self._log("gateway"))
+        return ChildSpec(
+            "gateway", diptych("gateway", *flags), self._environment("gateway"), self._log("gateway")
+        )
 
     def _common_flags(self) -> list[str]:
         config = ["--config", str(self._plan.config)] if self._plan.config else []
-        return ["--redis", self.redis_url, "--model", str(self._plan.model), *config]
+        return ["--model", str(self._plan.model), *config]
+
+    def _environment(self, section: str) -> dict[str, str]:
+        """The URL of Redis goes here, not into a flag: it may carry a password, and every user of
+        this machine can read command lines."""
+        return {**_log_format(), f"DIPTYCH_{section.upper()}__REDIS": self.redis_url}
 
     def _log(self, name: str) -> Path | None:
         """The part's log file, empty; that of the previous cluster stays as NAME.log.1."""

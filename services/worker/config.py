@@ -13,11 +13,14 @@ class WorkerConfig:
         default="", metadata={"help": "name in the cluster (default: role and a random suffix)"}
     )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
-    port: int = field(default=0, metadata={"help": "gRPC port (0: a free one)"})
+    # gRPC itself would take 65536 + n for n.
+    port: int = field(default=0, metadata={"help": "gRPC port (0: a free one)", "range": (0, 65535)})
     advertise_host: str = field(
         default="", metadata={"help": "address that others reach this worker by (default: --host)"}
     )
-    metrics_port: int = field(default=0, metadata={"help": "port of /metrics and /health (0: a free one)"})
+    metrics_port: int = field(
+        default=0, metadata={"help": "port of /metrics and /health (0: a free one)", "range": (0, 65535)}
+    )
     redis: str = field(default="", metadata={"help": "URL of the Redis that the cluster shares"})
     model: str = field(
         default="", metadata={"help": "GGUF file or Hugging Face folder (default: the default model)"}

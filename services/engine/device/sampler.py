@@ -83,7 +83,10 @@ def _draw(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
     def column(values: list[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)
 
-    scores = logits / column([p.temperature for p in params], logits.dtype).unsqueeze(-1)
+    # Relative to the best token, so that no temperature however small can overflow.
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / column(
+        [p.temperature for p in params], logits.dtype
+    ).unsqueeze(-1)
     scores = _filter(scores, [p.top_k for p in params], 0, torch.int64, ops.keep_top_k)
     scores = _filter(scores, [p.top_p for p in params], 1.0, torch.float64, ops.keep_top_p)
     scores = _filter(scores, [p.min_p for p in params], 0.0, torch.float64, ops.keep_min_p)

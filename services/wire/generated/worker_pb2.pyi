@@ -141,18 +141,24 @@ class DecodeEvents(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[DecodeEvent, _Mapping]]] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
-    __slots__ = ("request_id", "attempt", "started", "token", "failure")
+    __slots__ = ("request_id", "attempt", "started", "token", "failure", "reserved")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     started: DecodeStarted
     token: SampledToken
     failure: WorkerFailure
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., started: _Optional[_Union[DecodeStarted, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., failure: _Optional[_Union[WorkerFailure, _Mapping]] = ...) -> None: ...
+    reserved: DecodeReserved
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., started: _Optional[_Union[DecodeStarted, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., failure: _Optional[_Union[WorkerFailure, _Mapping]] = ..., reserved: _Optional[_Union[DecodeReserved, _Mapping]] = ...) -> None: ...
+
+class DecodeReserved(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DecodeStarted(_message.Message):
     __slots__ = ("cached_tokens", "transferred_bytes", "transfer_ms", "exposed_ms", "queue_ms")

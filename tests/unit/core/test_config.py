@@ -19,7 +19,7 @@ class ServiceConfig:
     quiet: bool = field(default=False, metadata={"help": "say less"})
     split: Literal["auto", "always"] = field(default="auto", metadata={"help": "when to split"})
     folder: Path | None = field(default=None, metadata={"help": "where to write"})
-    limit: int | None = field(default=None, metadata={"help": "at most"})
+    limit: int | None = field(default=None, metadata={"help": "at most", "range": (0, 9)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ WRONG_FILES = {
     "text for an int": ('[service]\nport = "80"\n', ["port must be int", "'80'", "c.toml"]),
     "bool for an int": ("[service]\nport = true\n", ["port must be int", "True"]),
     "fraction for an int": ("[service]\nport = 1.5\n", ["port must be int", "1.5"]),
+    "out of range": ("[service]\nlimit = 10\n", ["c.toml", "limit must be from 0 to 9, not 10"]),
     "unknown choice": ('[service]\nsplit = "never"\n', ["split must be auto or always", "'never'"]),
     "number for a path": ("[service]\nfolder = 1\n", ["folder must be path or null"]),
     "misspelt section": ("[servce]\nport = 1\n", ["[servce]", "did you mean [service]"]),
@@ -120,6 +121,12 @@ def test_a_wrong_flag_is_refused_and_named() -> None:
         load("--port", "x")
     with pytest.raises(ConfigError, match="command line: --split must be auto or always, not 'no'"):
         load("--split", "no")
+
+
+def test_a_number_out_of_its_range_is_refused_and_its_limits_are_not() -> None:
+    with pytest.raises(ConfigError, match="command line: --limit must be from 0 to 9, not -1"):
+        load("--limit", "-1")
+    assert [load("--limit", limit).limit for limit in ("0", "9")] == [0, 9]
 
 
 def test_a_wrong_value_is_refused_even_when_a_stronger_source_overrides_it() -> None:

@@ -239,12 +239,14 @@ async def test_a_revocation_before_the_first_turn_of_a_receive_is_answered() -> 
             BOUNDS.submission(sequence(), "receive"), KvSource("p", pair.prefill_address, 11),
             pair.decode.parts, events.append, on_end=lambda: events.append("end"),
         )  # fmt: skip
+        pair.decode.engine.paused = True  # its admission is told by hand, in one turn with the revocation
         one.open()
         one._on_event(Admitted("r/0", [0, 1, 2], 0, 0.0))
         one._on_event(Revoked("r/0"))
-        while not events:
+        while "end" not in events:
             await asyncio.sleep(0.001)
-        assert [getattr(event, "code", event) for event in events] == ["overloaded", "end"]
+        assert events[0] == worker_pb2.DecodeReserved()
+        assert [getattr(event, "code", event) for event in events[1:]] == ["overloaded", "end"]
 
 
 async def test_a_bug_in_a_receive_ends_in_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

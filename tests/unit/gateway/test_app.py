@@ -278,3 +278,8 @@ async def test_the_openapi_page_names_our_bodies_and_no_foreign_error(cluster) -
     assert "HTTPValidationError" not in page["components"]["schemas"]
     parameters = page["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"messages", "max_completion_tokens", "temperature", "timings", "cache_salt"} <= set(parameters)
+
+
+async def test_the_answer_is_named_by_the_id_in_its_header(cluster) -> None:
+    answered = await cluster.http.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
+    assert answered.json()["id"] == f"cmpl-{answered.headers['X-Request-Id']}"

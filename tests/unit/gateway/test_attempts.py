@@ -1,5 +1,6 @@
 """When a request may try again, what it avoids, and when its patience ends. On a manual clock."""
 
+import asyncio
 import random
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from services.core.clock import ManualClock
 from services.core.errors import FACTS, DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost
 from services.gateway.attempts import EXCLUSION_S, PAUSE_MAX_S, PAUSE_MIN_S, Patience, RetryPolicy
-from services.gateway.generation import AttemptFailed
+from services.gateway.generation import AttemptFailed, Event
 from services.gateway.waiting_line import HOLD_BACK_AFTER_S, WaitingLine
+from services.gateway.worker_client import OutputToken, Reserved, Started
 from tests.unit.gateway.scripted_worker_server import report
 
 D1 = report("d1", "decode")
@@ -74,7 +76,7 @@ async def test_progress_lets_the_waiting_start_anew() -> None:
     budget, full = patience(clock), AttemptFailed(Overloaded("full"))
     budget.admit_failure(full)
     clock.advance(POLICY.admission_timeout_s - 1)
-    budget.progress()
+    budget.note(OutputToken(0, 1))
     budget.admit_failure(full)
     clock.advance(POLICY.admission_timeout_s - 1)
     budget.admit_failure(full)
@@ -132,13 +134,48 @@ class TestTheWaitingLine:
         await self.old.turn()
         assert self.clock.now() == HOLD_BACK_AFTER_S
 
-    @pytest.mark.parametrize("leaving", ["progress", "end"])
-    async def test_the_next_may_go_when_the_oldest_is_served_or_over(self, leaving: str) -> None:
+    @pytest.mark.parametrize("word", [Reserved(), Started(0, 0.0, 0, 0.0, 0.0), OutputToken(0, 1), None])
+    async def test_the_next_may_go_when_the_oldest_has_room_or_is_over(self, word: Event | None) -> None:
         self.refuse(self.old)
         self.clock.advance(HOLD_BACK_AFTER_S)
-        getattr(self.old, leaving)()
+        self.old.note(word) if word else self.old.end()
         await self.young.turn()
         assert self.clock.now() == HOLD_BACK_AFTER_S
+
+    async def test_the_line_moves_on_with_the_first_word_not_with_the_first_token(self) -> None:
+        waiters = [self.waiter() for _ in range(20)]
+        for waiter in waiters:
+            self.refuse(waiter)
+            self.clock.advance(0.001)
+        self.clock.advance(HOLD_BACK_AFTER_S)
+        stopped = ManualClock(self.clock.now())  # a poll would never come back
+        self.line._clock = stopped
+        served: list[Patience] = []
+
+        async def look_for_room(waiter: Patience) -> None:
+            await waiter.turn()
+            served.append(waiter)
+            await asyncio.sleep(0)
+            waiter.note(Reserved())
+
+        async with asyncio.timeout(5):
+            await asyncio.gather(*map(look_for_room, waiters))
+        assert served == waiters
+
+    async def test_a_request_whose_room_is_taken_back_finds_its_old_place(self) -> None:
+        self.refuse(self.old)
+        self.clock.advance(1.0)
+        self.refuse(self.young)
+        self.old.note(Reserved())
+        self.refuse(self.old)
+        self.clock.advance(HOLD_BACK_AFTER_S)
+        assert self.line.holds_back(self.young)
+        assert not self.line.holds_back(self.old)
+
+    async def test_waiting_for_room_is_not_waiting_for_a_worker(self) -> None:
+        self.refuse(self.old)
+        self.clock.advance(POLICY.no_worker_timeout_s + 1)
+        self.old.admit_failure(AttemptFailed(NoWorker("none for a moment"), None))
 
     async def test_holding_back_is_waiting_for_capacity_and_ends_like_it(self) -> None:
         self.refuse(self.old)

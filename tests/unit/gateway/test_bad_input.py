@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
+from services.gateway.schema import ChatCompletionRequest, CompletionRequest
 from tests.unit.gateway.in_memory_cluster import MODEL
 from tests.unit.gateway.scripted_worker_server import report
 
@@ -39,6 +41,7 @@ BAD_EVERYWHERE = [
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": 7}, "stop"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [-1] * 12}, "stop_token_ids[0]"),
     ({"stop_token_ids": [10**7]}, "stop_token_ids"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -63,6 +66,9 @@ BAD_CHAT = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ({"messages": [{"content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "robot", "content": 5}]}, "messages[0].role"),
+    ({"messages": [{"role": "robot", "content": "hi"}, {"role": "user", "content": 5}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}] * 12}]}, "messages[0].content[0].text"),
     ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages[1].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
@@ -76,7 +82,13 @@ BAD_COMPLETION = [
     ({"prompt": []}, "prompt"),
     ({"prompt": [1, -1]}, "prompt[1]"),
     ({"prompt": [1, 10**7]}, "prompt"),
-    ({"prompt": ["one", "two"]}, "prompt[0]"),
+    ({"prompt": [-1] * 12}, "prompt[0]"),
+    ({"prompt": ["one", "two"]}, "prompt"),
+    ({"prompt": [[1], [2]]}, "prompt"),
+    ({"prompt": [["one"]]}, "prompt[0]"),
+    ({"prompt": [""]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["\ud800"]}, "prompt"),
     ({"prompt": "word " * 9000}, "prompt"),
 ]
 
@@ -105,6 +117,29 @@ async def test_a_bad_completion_request_names_its_parameter(cluster, change, par
     error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": "hi", **change})
     assert error["param"] == param
     assert cluster.workers.calls == []
+
+
+@pytest.mark.parametrize("prompts", [["one", "two"], [[1], [2]], ["one", 5]], ids=str)
+async def test_several_prompts_are_refused_in_words(cluster, prompts) -> None:
+    error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": prompts})
+    assert "several prompts in one request are not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "bad"),
+    [
+        (CompletionRequest, {"prompt": [-1] * 1000}),
+        (CompletionRequest, {"prompt": [[-1] * 1000]}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": [-1] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "robot", "content": "hi"}] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}] * 1000}]}),
+    ],
+    ids=["prompt", "a list of one prompt", "stop_token_ids", "messages", "parts"],
+)
+def test_a_list_is_checked_only_up_to_its_first_bad_element(schema, bad) -> None:
+    with pytest.raises(ValidationError) as invalid:
+        schema.model_validate({"model": MODEL, **bad})
+    assert invalid.value.error_count() < 5
 
 
 @pytest.mark.parametrize("change", [{"max_tokens": 10**6}, {"prompt": [5] * 2048}, {"prompt": [5] * 5000}])

@@ -1,10 +1,13 @@
 """What the gateway believes about the cluster, also while Redis is away or has lost everything."""
 
+import logging
+
 import pytest
 
 from router.state import Offer, Route, WorkerView
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import ManualClock
+from services.gateway import cluster_view
 from services.gateway.cluster_view import LEASE_GRACE_S, SUSPICION_S, ClusterView
 from services.gateway.in_flight import REPORT_DELAY_S, InFlight
 from services.gateway.memory_worker_client import MemoryWorkerClient
@@ -85,6 +88,16 @@ async def test_workers_of_another_model_are_not_seen(world) -> None:
     assert world.ids == ["d1"]
 
 
+async def test_a_worker_of_another_model_is_told_of_once_until_it_changes(world, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    for model in ("x", "x", "y"):
+        await world.announce(D1, report("d2", "decode", served_model=model))
+    ours = D1.served_model
+    assert [record.getMessage() for record in caplog.records] == [
+        f"worker d2 is left out: it serves '{model}', this gateway serves '{ours}'" for model in ("x", "y")
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "ready"),
     [({}, True), ({"role": "both"}, True), ({"role": "prefill"}, False), ({"state": "draining"}, False)],
@@ -140,6 +153,24 @@ class TestLocate:
             await world.index.publish(worker.key, hashes[:blocks], [])
         assert await world.view.locate(tokens, "salt") == {"d1": 32, "d2": 16, "d3": 28}
         assert set((await world.view.locate(tokens, "other tenant")).values()) == {0}
+
+    async def test_the_same_tokens_and_salt_are_hashed_only_once(self, world, monkeypatch) -> None:
+        hashed: list[int] = []
+
+        def counting(tokens, block_size, root):
+            hashed.append(len(tokens))
+            return chain_hashes(tokens, block_size, root)
+
+        monkeypatch.setattr(cluster_view, "chain_hashes", counting)
+        await world.announce(D1, D2)
+        tokens = list(range(40))
+        await world.index.publish(D1.key, chain_hashes(tokens, 16, chain_root(D1.compatibility, "salt")), [])
+        for _ in range(3):
+            assert await world.view.locate(list(tokens), "salt") == {"d1": 32, "d2": 0}
+        assert hashed == [40]
+        await world.view.locate(tokens, "other tenant")
+        await world.view.locate([*tokens, 40], "salt")
+        assert hashed == [40, 40, 41]
 
     async def test_a_prompt_below_a_block_is_not_looked_up(self, world) -> None:
         await world.announce(D1)

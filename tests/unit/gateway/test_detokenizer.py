@@ -95,6 +95,13 @@ def test_sentencepiece_tokens_stream_with_their_spaces_and_bytes(ids: list[int])
     assert "".join(pieces(TokenBytes(backend), ids)) == backend.decode(ids)
 
 
+def test_whole_characters_survive_beside_invalid_sentencepiece_bytes() -> None:
+    backend = sentencepiece()
+    ids = [*byte_tokens("é"), 5 + 0xFF, *byte_tokens("x")]
+    assert "".join(pieces(TokenBytes(backend), ids)) == "é\ufffdx"
+    assert backend.decode(ids) == "\ufffd" * 4
+
+
 def test_an_unknown_decoder_is_refused_with_its_name() -> None:
     backend = tokenizers.Tokenizer(models.WordPiece({"a": 0}, unk_token="a"))
     backend.decoder = decoders.WordPiece()

@@ -1,12 +1,16 @@
 """From a checked request to tokens and sampling parameters, with the default model."""
 
 import random
+import threading
+from dataclasses import replace
 
 import pytest
 
 from services.core.errors import BadRequest
 from services.gateway.prompt import THREAD_CHARACTERS_MIN, PromptReader
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest
+from services.model.chat_template import ChatTemplate
+from services.model.tokenizer import Tokenizer
 from tests.unit.gateway.in_memory_cluster import MODEL
 
 CONTEXT = 200
@@ -48,6 +52,44 @@ async def test_a_long_prompt_gives_the_same_tokens_as_the_tokenizer(reader, toke
     reader = PromptReader(reader.model, lambda: 10**6, reader.rng)
     generation = await reader.read(completion(text), "r", 0.0)
     assert generation.prompt_ids == tokenizer.encode(text, add_special_tokens=True)
+
+
+@pytest.mark.parametrize("prompt", ["Hello", [5, 6]], ids=str)
+async def test_a_list_of_one_prompt_is_that_prompt(reader, prompt) -> None:
+    in_a_list = await reader.read(completion([prompt]), "r", 0.0)
+    assert in_a_list.prompt_ids == (await reader.read(completion(prompt), "r", 0.0)).prompt_ids
+
+
+LONG = "a" * THREAD_CHARACTERS_MIN
+LONG_CHATS = {
+    "text": [{"role": "user", "content": LONG}],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": LONG}]}],
+    "extras": [{"role": "user", "content": "a", "name": LONG}],
+    "many": [{"role": "user", "content": ""}] * 1000,
+}
+
+
+@pytest.mark.parametrize("messages", LONG_CHATS.values(), ids=LONG_CHATS)
+async def test_long_conversations_are_rendered_and_tokenised_beside_the_event_loop(
+    served_model, messages
+) -> None:
+    threads: list[threading.Thread] = []
+
+    class Watched(Tokenizer):
+        def render_chat(self, *args, **kwargs) -> str:
+            threads.append(threading.current_thread())
+            return served_model.tokenizer.render_chat(*args, **kwargs)
+
+        def encode(self, *args, **kwargs) -> list[int]:
+            threads.append(threading.current_thread())
+            return super().encode(*args, **kwargs)
+
+    plain = served_model.tokenizer
+    watched = Watched(plain.backend, plain.end_token_ids, ChatTemplate({}, {}))
+    model = replace(served_model, tokenizer=watched)
+    await PromptReader(model, lambda: 10**6, random.Random(5)).read(chat(*messages), "r", 0.0)
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
 
 
 async def test_answers_may_fill_the_context_in_chats_and_sixteen_tokens_in_completions(reader) -> None:

@@ -71,6 +71,18 @@ def test_a_port_in_use_is_found_before_anything_starts(
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", ["99999", "-1"])
+@pytest.mark.parametrize(
+    ("command", "flag"), [("gateway", "--port"), ("worker", "--port"), ("worker", "--metrics-port")]
+)
+def test_a_port_that_cannot_exist_is_refused_in_one_line(
+    command: str, flag: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, flag, number]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{flag} must be from 0 to 65535, not {number}")
+
+
 def test_port_0_becomes_a_free_port() -> None:
     port = claim_port("127.0.0.1", 0)
     assert port > 0

@@ -5,9 +5,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.core.config import load_config
 from services.core.errors import ConfigError, DiptychError, WorkerLost
+from services.gateway.config import GatewayConfig
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.display import Display
+from services.worker.config import WorkerConfig
 
 
 def plan(tmp_path: Path, redis: str = "") -> ClusterPlan:
@@ -54,3 +57,17 @@ async def test_the_logs_of_the_cluster_before_are_kept(tmp_path: Path) -> None:
 async def test_an_unusable_redis_url_is_refused(tmp_path: Path) -> None:
     failure = await failure_of(LocalCluster(plan(tmp_path, redis="http://127.0.0.1:1"), Display()))
     assert isinstance(failure, ConfigError)
+
+
+async def test_the_password_of_redis_is_in_no_command_line_and_the_children_get_the_url(
+    tmp_path: Path,
+) -> None:
+    url = "redis://:secret@127.0.0.1:1"
+    cluster = LocalCluster(plan(tmp_path, redis=url), Display())
+    await failure_of(cluster)
+    assert cluster._gateway is not None
+    worker, gateway = cluster._workers[0].spec, cluster._gateway.spec
+    assert [part for part in (*worker.command, *gateway.command) if "secret" in part] == []
+    for kind, section, spec in ((WorkerConfig, "worker", worker), (GatewayConfig, "gateway", gateway)):
+        settings = {name: text for name, text in spec.environment.items() if "__" in name}
+        assert load_config(kind, section, environ=settings, flags={}).redis == url

@@ -1,5 +1,7 @@
 """The default model's tokenizer, rebuilt from its GGUF file, against the one transformers rebuilds."""
 
+import threading
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +106,23 @@ def test_the_answer_ends_with_the_token_the_file_names(tokenizer):
 
 def test_ids_outside_the_vocabulary_decode_to_nothing(tokenizer):
     assert tokenizer.decode([tokenizer.vocab_size + 7], skip_special_tokens=False) == ""
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(tokenizer):
+    starts, done, turns = threading.Event(), threading.Event(), 0
+
+    def encode() -> None:
+        starts.set()
+        tokenizer.encode("word and more " * 50_000, add_special_tokens=False)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    starts.wait()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 2
 
 
 def test_half_of_a_surrogate_pair_is_the_clients_error(tokenizer):

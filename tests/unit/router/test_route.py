@@ -193,7 +193,6 @@ class TestSplit:
         workers = [worker("p", "prefill"), worker("d", "decode")]
         chosen = choose(workers, prompt=5, max_tokens=1, options=replace(EXACT, split=split))
         assert places(chosen) == ("p", None)
-        assert chosen.decode_cached_tokens == 0
 
     @pytest.mark.parametrize("split", ["auto", "always", "never"])
     @pytest.mark.parametrize("max_tokens", [1, 10])
@@ -229,7 +228,7 @@ class TestChoice:
         workers = [worker("p", "prefill"), worker("d1", "decode"), worker("d2", "decode")]
         chosen = choose(workers, cached={"d2": 160, "p": 320})
         assert places(chosen) == ("p", "d2")
-        assert (chosen.prefill_cached_tokens, chosen.decode_cached_tokens) == (320, 160)
+        assert [offer.cached_tokens for offer in chosen.chosen] == [320, 160]
 
     def test_a_decode_worker_without_room_is_left_out_while_another_has_it(self):
         workers = [
@@ -274,7 +273,7 @@ class TestChoice:
 
     def test_a_hint_beyond_the_prompt_is_cut_to_it(self):
         chosen = choose([worker("d", "decode")], prompt=100, cached={"d": 4_000})
-        assert chosen.decode_cached_tokens == 100
+        assert chosen.chosen[0].cached_tokens == 100
 
     def test_equal_idle_workers_are_spread(self):
         workers = [worker(f"p{n}", "prefill") for n in range(4)] + [
