@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from services.core.errors import ConfigError
 from services.launch.child import STOP_GRACE_SECONDS, Child, ChildSpec
 from services.launch.cores import thread_environment, threads_per_worker, usable_cores
 from services.launch.display import Display
-from services.launch.readiness import GatewayReadiness, WorkerReadiness
+from services.launch.readiness import PROBE_EVERY_SECONDS, GatewayReadiness, WorkerReadiness
 from services.launch.store_process import StoreProcess
 from services.launch.supervisor import Part, keep_running, start_until_ready
 from services.membership.redis_membership import RedisMembership
 
 # A cold start reads hundreds of megabytes and imports torch, perhaps from a slow disk.
 READY_TIMEOUT_SECONDS = 300.0
+GATEWAY_SEES_WORKERS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class LocalCluster:
         self._store = None if plan.redis else StoreProcess()
         self._membership: RedisMembership | None = None
         self._workers: list[Child] = []
+        self._worker_ids: set[str] = set()
         self._gateway: Child | None = None
         self._watches: list[asyncio.Task[None]] = []
 
@@ -80,8 +83,15 @@ class LocalCluster:
             for role, count in (("prefill", self._plan.prefill), ("decode", self._plan.decode))
             for number in range(count)
         ]
-        self._gateway = Child(self._gateway_spec(), GatewayReadiness(self._plan.gateway_url))
+        gateway_readiness = GatewayReadiness(self._plan.gateway_url)
+        self._gateway = Child(self._gateway_spec(), gateway_readiness)
         await self._wait_until_ready([*self._workers, self._gateway])
+        # The last worker may be ready before the gateway has seen it: then the first request would not
+        # find it. A worker that died in this moment is no reason to wait for long.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GATEWAY_SEES_WORKERS_SECONDS):
+                while not await gateway_readiness.knows(self._worker_ids):
+                    await self._clock.sleep(PROBE_EVERY_SECONDS)
         parts: list[Part] = [*([self._store] if self._store else []), *self._workers, self._gateway]
         self._watches = [asyncio.create_task(self._watch(part)) for part in parts]
 
@@ -130,6 +140,7 @@ class LocalCluster:
         flags += ["--dtype", self._plan.dtype, "--threads", str(threads)]
         flags += ["--blocks", str(self._plan.blocks)] if self._plan.blocks else []
         environment = {**self._environment("worker"), **thread_environment(threads)}
+        self._worker_ids.add(worker_id)
         spec = ChildSpec(name, diptych("worker", *flags), environment, self._log(name))
         return Child(spec, WorkerReadiness(self._membership, worker_id))
 

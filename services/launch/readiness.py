@@ -6,6 +6,7 @@ from services.core.errors import StoreUnavailable
 from services.membership.protocol import Membership
 
 PROBE_TIMEOUT_SECONDS = 2.0
+PROBE_EVERY_SECONDS = 0.05
 
 
 class WorkerReadiness:
@@ -36,12 +37,23 @@ class GatewayReadiness:
     """Whether the gateway at `root_url` would answer a completion now."""
 
     def __init__(self, root_url: str) -> None:
-        self._url = f"{root_url}/health/ready"
+        self._root_url = root_url
 
     async def __call__(self) -> bool:
+        return await self._get("/health/ready") is not None
+
+    async def knows(self, worker_ids: set[str]) -> bool:
+        """Whether its snapshot has all these workers: it looks at membership a few times a second."""
+        answered = await self._get("/v1/cluster")
+        known = {report["worker_id"] for report in answered.json()} if answered else set()
+        return worker_ids <= known
+
+    async def _get(self, path: str) -> httpx.Response | None:
+        """None unless the answer is 200."""
         # The gateway runs on this machine: a proxy from the environment must not be asked.
         async with httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_SECONDS) as client:
             try:
-                return (await client.get(self._url)).status_code == httpx.codes.OK
+                answered = await client.get(self._root_url + path)
             except httpx.HTTPError:
-                return False
+                return None
+            return answered if answered.status_code == httpx.codes.OK else None

@@ -1,5 +1,6 @@
 """Readiness: a worker's own report, of this incarnation; the gateway's own answer."""
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -59,9 +60,13 @@ async def test_nothing_is_ready_while_the_store_is_away() -> None:
 class Health(BaseHTTPRequestHandler):
     status = 503
 
+    workers: tuple[str, ...] = ()
+
     def do_GET(self) -> None:
-        self.send_response(self.status if self.path == "/health/ready" else 404)
+        self.send_response(200 if self.path == "/v1/cluster" else self.status)
         self.end_headers()
+        if self.path == "/v1/cluster":
+            self.wfile.write(json.dumps([{"worker_id": name} for name in self.workers]).encode())
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -82,6 +87,14 @@ async def test_a_gateway_is_ready_when_it_answers_200(server: HTTPServer) -> Non
     assert not await readiness()
     server.RequestHandlerClass.status = 200  # type: ignore[attr-defined]
     assert await readiness()
+
+
+async def test_a_gateway_knows_the_workers_that_it_lists(server: HTTPServer) -> None:
+    readiness = GatewayReadiness(f"http://127.0.0.1:{server.server_port}")
+    server.RequestHandlerClass.workers = ("decode-0",)  # type: ignore[attr-defined]
+    assert await readiness.knows({"decode-0"})
+    assert not await readiness.knows({"decode-0", "prefill-0"})
+    assert not await GatewayReadiness("http://127.0.0.1:1").knows({"decode-0"})
 
 
 async def test_a_gateway_that_does_not_listen_is_not_ready() -> None:
