@@ -11,12 +11,12 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
+from services.core.clock import Clock
 from services.core.errors import FACTS, BadRequest, EngineFailed, ModelFileError, Overloaded
 from services.core.parent_death import dying_with_parent
 from services.engine.messages import (
@@ -48,13 +48,14 @@ logger = logging.getLogger(__name__)
 class EngineHandle:
     """`on_report` sees every report after the listeners did (for the index, metrics, membership)."""
 
-    def __init__(self, sequences_max: int, on_report: Callable[[Report], None]) -> None:
+    def __init__(self, sequences_max: int, on_report: Callable[[Report], None], clock: Clock) -> None:
         self._sequences_max = sequences_max
         self._on_report = on_report
+        self._clock = clock
         self._listeners: dict[str, Listener] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self.gauges = Gauges()
-        self._heard_s = time.monotonic()
+        self._heard_s = self._clock.now()
         self.failed = asyncio.Event()  # the engine process has ended unasked
         self.idle = asyncio.Event()  # no sequence is open
         self.idle.set()
@@ -111,16 +112,19 @@ class EngineHandle:
         """Kill an engine that has sequences and says nothing for `stalled_s` and ten of its longest steps:
         one that hangs would hold them for ever. Its end is then noticed like any other."""
         while True:
-            await asyncio.sleep(min(stalled_s / 4, _PING_S))
+            await self._clock.sleep(min(stalled_s / 4, _PING_S))
             if self.idle.is_set():
-                self._heard_s = time.monotonic()
+                self._heard_s = self._clock.now()
                 continue
             self.send(Ping())
-            silent_s = time.monotonic() - self._heard_s
+            silent_s = self._clock.now() - self._heard_s
             if silent_s > max(stalled_s, _STALLED_STEPS * self._longest_step_s(stalled_s)):
                 logger.error("the engine has said nothing for %.1f s and is killed", silent_s)
-                self._process.kill()
+                self.kill()
                 return
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def _longest_step_s(self, unmeasured_s: float) -> float:
         """A full chunk beside decoding sequences; `unmeasured_s` before the first prompt was computed."""
@@ -177,7 +181,7 @@ class EngineHandle:
             listener(Refused(seq_id, label, "the worker's engine has died"))
 
     def _dispatch(self, report: Report) -> None:
-        self._heard_s = time.monotonic()
+        self._heard_s = self._clock.now()
         self.gauges = report.gauges
         events: list[Event] = [*report.admitted, *report.advanced, *report.tokens]
         for event in (*events, *report.revoked, *report.refused):

@@ -12,14 +12,15 @@ from services.core.worker_report import WorkerKey, WorkerReport
 from services.gateway.decode_session import DecodeSession
 from services.gateway.sequence_wire import prefill_from_wire, sequence_to_wire
 from services.gateway.worker_client import DecodeEvent, PrefillResult, Sequence
-from services.wire.channel import from_rpc_error, open_channel
+from services.wire.channel import TCP, Network, from_rpc_error
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 
 class GrpcWorkerClient:
     """Implements WorkerClient. A broken session is replaced at the next use of its worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: Network = TCP) -> None:
+        self._network = network
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._sessions: dict[WorkerKey, DecodeSession] = {}
 
@@ -59,7 +60,7 @@ class GrpcWorkerClient:
 
     def _channel(self, worker: WorkerReport) -> grpc.aio.Channel:
         if worker.address not in self._channels:
-            self._channels[worker.address] = open_channel(worker.address)
+            self._channels[worker.address] = self._network.open_channel(worker.address)
         return self._channels[worker.address]
 
     def _session(self, worker: WorkerReport) -> DecodeSession:

@@ -12,7 +12,7 @@ from services.core.block_hash import Compatibility
 from services.core.errors import DiptychError, KvCorrupt, KvSourceLost, WorkerLost
 from services.transfer.protocol import FirstToken, KvChunk, KvSource
 from services.transfer.server import KvServer
-from services.wire.channel import abort, from_rpc_error, open_channel
+from services.wire.channel import TCP, Network, abort, from_rpc_error
 from services.wire.convert import (
     compatibility_from_wire,
     compatibility_to_wire,
@@ -34,7 +34,8 @@ class _Peer:
 class GrpcKvTransport:
     """The puller's side."""
 
-    def __init__(self, compatibility: Compatibility) -> None:
+    def __init__(self, compatibility: Compatibility, network: Network = TCP) -> None:
+        self._network = network
         self._compatibility = compatibility_to_wire(compatibility)
         self._peers: dict[str, _Peer] = {}  # by address, the least recently used first
         self._abandoning: set[asyncio.Task[None]] = set()
@@ -80,7 +81,7 @@ class GrpcKvTransport:
     @asynccontextmanager
     async def _calling(self, source: KvSource) -> AsyncIterator["transfer_pb2_grpc.KvTransferStub"]:
         """A stub whose channel stays open for the block; its failures become errors of our tree."""
-        peer = self._peers.pop(source.address, None) or _Peer(open_channel(source.address))
+        peer = self._peers.pop(source.address, None) or _Peer(self._network.open_channel(source.address))
         self._peers[source.address] = peer
         peer.calls += 1
         try:

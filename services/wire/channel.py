@@ -4,6 +4,8 @@ An error of our tree crosses the wire as its gRPC code plus the trailing metadat
 (its label); `from_rpc_error` turns it back, and any other failure of a call into a WorkerLost.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -50,6 +52,17 @@ def listen(server: grpc.aio.Server, host: str, port: int) -> int:
         return server.add_insecure_port(f"{host}:{port}")
     except RuntimeError:
         raise ConfigError(f"cannot listen on {host}:{port}: is the port in use?") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Where servers listen and channels lead: TCP, or another one that behaves like it."""
+
+    open_channel: Callable[[str], grpc.aio.Channel] = open_channel
+    new_server: Callable[[], grpc.aio.Server] = new_server
+
+
+TCP = Network()
 
 
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: DiptychError) -> NoReturn:

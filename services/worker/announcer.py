@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from services.core.clock import Clock
 from services.core.errors import StoreUnavailable
 from services.core.worker_report import WorkerKey, WorkerReport
 from services.membership.protocol import Membership
@@ -17,13 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class Announcer:
-    def __init__(self, membership: Membership, worker: WorkerKey, report: Callable[[], WorkerReport]) -> None:
+    def __init__(
+        self, membership: Membership, worker: WorkerKey, report: Callable[[], WorkerReport], clock: Clock
+    ) -> None:
         self._membership = membership
         self._worker = worker
         self._report = report
+        self._clock = clock
         self._changed = asyncio.Event()
         self._away = False
-        self.turned_at_s = time.monotonic()  # the event loop was alive then
+        self.turned_at_s = clock.now()  # the event loop was alive then
 
     def changed(self) -> None:
         self._changed.set()
@@ -33,9 +36,9 @@ class Announcer:
         while True:
             self._changed.clear()
             await self._announce()
-            await asyncio.sleep(_PERIOD_MIN_S)
+            await self._clock.sleep(_PERIOD_MIN_S)
             await self._wait_for_change()
-            self.turned_at_s = time.monotonic()
+            self.turned_at_s = self._clock.now()
 
     async def _announce(self) -> None:
         try:

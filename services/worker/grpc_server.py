@@ -11,7 +11,7 @@ from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.server import KvServer
-from services.wire.channel import listen, new_server
+from services.wire.channel import Network, listen
 from services.wire.generated import transfer_pb2_grpc, worker_pb2_grpc
 from services.worker.config import WorkerConfig
 from services.worker.identity import WorkerIdentity
@@ -27,6 +27,7 @@ class WorkerServer:
         incarnation: Incarnation,
         metrics: WorkerMetrics,
         clock: Clock,
+        network: Network,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -36,8 +37,8 @@ class WorkerServer:
         self._clock = clock
         self._memory = PoolMemory(identity.geometry, engine.pool)
         self._bounds = SequenceBounds(identity.files.config.vocab_size, identity.context_tokens_max)
-        self._transport = GrpcKvTransport(identity.compatibility)
-        self._server = new_server()
+        self._transport = GrpcKvTransport(identity.compatibility, network)
+        self._server = network.new_server()
         self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended)
         metrics.watch("diptych_worker_leases", "Open KV leases", lambda: self.leases.open_leases)
 

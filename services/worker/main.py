@@ -6,23 +6,29 @@ identify ── engine process ── gRPC services ── index, membership ─
 import asyncio
 import logging
 import signal
-import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
 
 from services.core.child_tasks import ChildTasks
-from services.core.clock import SystemClock
+from services.core.clock import Clock, SystemClock
 from services.core.errors import EngineFailed
 from services.core.log import setup_logging
 from services.core.worker_report import WorkerReport
 from services.engine.handle import EngineHandle
 from services.engine.incarnation import Incarnation
 from services.engine.messages import EngineSetup, Limits, Report
+from services.index.protocol import PrefixIndex
 from services.index.redis_index import RedisPrefixIndex
+from services.membership.protocol import Membership
 from services.membership.redis_membership import RedisMembership
+from services.wire.channel import TCP, Network
 from services.worker.announcer import Announcer
 from services.worker.config import WorkerConfig
 from services.worker.grpc_server import WorkerServer
-from services.worker.http import StatusServer
+from services.worker.http import Check, StatusServer
 from services.worker.identity import WorkerIdentity, identify
 from services.worker.metrics import WorkerMetrics
 from services.worker.publisher import IndexPublisher
@@ -36,31 +42,54 @@ def run(config: WorkerConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ModelFileError, ConfigError or EngineFailed."""
     setup_logging("worker")
     identity = identify(config)
-    asyncio.run(Worker(config, identity).serve())
+    asyncio.run(_serve(config, identity))
+
+
+async def _serve(config: WorkerConfig, identity: WorkerIdentity) -> None:
+    index, membership = RedisPrefixIndex(config.redis), RedisMembership(config.redis)
+    await Worker(config, identity, Surroundings(index, membership)).serve(_stop_event())
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """All that a worker meets outside itself. What has a default is real; the simulator has others."""
+
+    index: PrefixIndex
+    membership: Membership
+    network: Network = TCP
+    clock: Clock = field(default_factory=SystemClock)
+    new_engine: Callable[[int, Callable[[Report], None], Clock], EngineHandle] = EngineHandle
+    new_status_server: Callable[[str, int, CollectorRegistry, dict[str, Check]], StatusServer] = StatusServer
 
 
 class Worker:
-    def __init__(self, config: WorkerConfig, identity: WorkerIdentity) -> None:
+    def __init__(self, config: WorkerConfig, identity: WorkerIdentity, surroundings: Surroundings) -> None:
         self._config = config
         self._identity = identity
-        self._clock = SystemClock()
+        self._surroundings = surroundings
+        self._clock = clock = surroundings.clock
         self._incarnation = Incarnation(identity.key)
         self._metrics = WorkerMetrics()
-        self._engine = EngineHandle(config.sequences_max + config.waiting_max, self._on_report)
-        self._index = RedisPrefixIndex(config.redis)
-        self._membership = RedisMembership(config.redis)
-        self._publisher = IndexPublisher(self._index, identity.key, self._clock)
-        self._announcer = Announcer(self._membership, identity.key, self._report)
+        sequences_max = config.sequences_max + config.waiting_max
+        self._engine = surroundings.new_engine(sequences_max, self._on_report, clock)
+        self._index, self._membership = surroundings.index, surroundings.membership
+        self._publisher = IndexPublisher(self._index, identity.key, clock)
+        self._announcer = Announcer(self._membership, identity.key, self._report, clock)
 
-    async def serve(self) -> None:
-        """The whole life of the process."""
-        stop = _stop_event()
+    async def serve(self, stop: asyncio.Event) -> None:
+        """The whole life of the process, which `stop` asks to drain."""
         await self._engine.start(self._engine_setup())
         self._server = WorkerServer(
-            self._config, self._identity, self._engine, self._incarnation, self._metrics, self._clock
+            self._config,
+            self._identity,
+            self._engine,
+            self._incarnation,
+            self._metrics,
+            self._clock,
+            self._surroundings.network,
         )
         await self._server.start()
-        self._status = StatusServer(
+        self._status = self._surroundings.new_status_server(
             self._config.host,
             self._config.metrics_port,
             self._metrics.registry,
@@ -157,7 +186,7 @@ class Worker:
         )
 
     def _is_live(self) -> bool:
-        return time.monotonic() - self._announcer.turned_at_s < _LIVE_S
+        return self._clock.now() - self._announcer.turned_at_s < _LIVE_S
 
     def _is_ready(self) -> bool:
         return self._is_live() and not self._incarnation.draining and not self._engine.failed.is_set()

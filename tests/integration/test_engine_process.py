@@ -9,6 +9,7 @@ import msgspec
 import psutil
 import pytest
 
+from services.core.clock import SystemClock
 from services.core.errors import EngineFailed, ModelFileError
 from services.core.sampling import SamplingParams
 from services.engine.handle import EngineHandle, Event
@@ -33,7 +34,7 @@ def setup(model: Path) -> EngineSetup:
 
 class Subject:
     def __init__(self, on_report: Callable[[Report], None] = lambda report: None) -> None:
-        self.handle = EngineHandle(16, on_report)
+        self.handle = EngineHandle(16, on_report, SystemClock())
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def submit(self, max_tokens: int) -> None:

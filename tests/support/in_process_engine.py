@@ -40,7 +40,7 @@ class InProcessEngine(EngineHandle):
         on_report: Callable[[Report], None] = lambda report: None,
         limits: Limits = LIMITS,
     ) -> None:
-        super().__init__(sequences_max=1_000, on_report=on_report)
+        super().__init__(sequences_max=1_000, on_report=on_report, clock=SystemClock())
         self.geometry = geometry(blocks)
         self.pool = memoryview(bytearray(self.geometry.bytes))
         self.engine = build_engine(self.pool, blocks, limits)

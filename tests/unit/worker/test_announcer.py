@@ -25,9 +25,10 @@ def report(running: int = 0) -> WorkerReport:
 
 class Subject:
     def __init__(self) -> None:
-        self.membership = MemoryMembership(SystemClock())
+        clock = SystemClock()
+        self.membership = MemoryMembership(clock)
         self.running = 0
-        self.announcer = Announcer(self.membership, report().key, lambda: report(self.running))
+        self.announcer = Announcer(self.membership, report().key, lambda: report(self.running), clock)
         self.task = asyncio.create_task(self.announcer.run())
 
     async def seen(self, running: int) -> None:
