@@ -1,11 +1,14 @@
-"""Choosing tokens from scores with noise that depends on nothing but (seed, output index, token id).
+"""Choosing tokens from scores with noise that depends on nothing but (seed, choice, output index, token id).
 
     token = argmax over t of score[t] + g[t]          g[t] = -log(-log(u[t])),   0 < u[t] < 1
 
 which draws t with probability softmax(score)[t] (the Gumbel-max trick; Maddison et al., "A* Sampling",
 2014). u comes from a counter-based generator, SplitMix64 (Steele, Lea and Flood, "Fast Splittable
-Pseudorandom Number Generators", 2014), keyed by the seed and the index and counted by token id. The
-same logits therefore give the same token in any batch and on any worker.
+Pseudorandom Number Generators", 2014), keyed by seed, choice and index and counted by token id:
+
+    key = mix(mix(seed + choice * gamma) + index * gamma)          u[t] from mix(key + (t + 1) * gamma)
+
+The same logits therefore give the same token in any batch and on any worker.
 
 The filters keep a token by comparing its value with a threshold, never by its rank, so equal scores
 are kept or dropped together and the order in which a device sorts them has no effect.
@@ -68,9 +71,9 @@ def _keep_from(scores: Tensor, values: Tensor, threshold: Tensor) -> Tensor:
     return scores.masked_fill(values < threshold, -torch.inf)
 
 
-def gumbel_argmax(scores: Tensor, seeds: Tensor, indices: Tensor) -> Tensor:
-    """int64 [rows]: the sampled token ids. scores: [rows, vocab]; seeds, indices: int64 [rows]."""
-    keys = _mix(_mix(seeds) + indices * _GAMMA).unsqueeze(-1)
+def gumbel_argmax(scores: Tensor, seeds: Tensor, choices: Tensor, indices: Tensor) -> Tensor:
+    """int64 [rows]: the sampled token ids. scores: [rows, vocab]; seeds, choices, indices: int64 [rows]."""
+    keys = _mix(_mix(seeds + choices * _GAMMA) + indices * _GAMMA).unsqueeze(-1)
     kept = scores > -torch.inf
     if int(kept.sum()) * _SPARSE > kept.numel():
         ids = torch.arange(scores.shape[-1], device=scores.device)

@@ -148,7 +148,7 @@ class DecodeSequence:
                 exposed_ms=received.exposed_ms,
             )
         )
-        self._parts.engine.send(Start(self._submit.seq_id, received.first.token))
+        self._parts.engine.send(Start(self._submit.seq_id, {0: received.first.token}))
 
     def _fail(self, error: DiptychError) -> None:
         if self._ended:

@@ -18,6 +18,7 @@ from services.engine.messages import (
     Advanced,
     Command,
     Drop,
+    DropChoice,
     Gauges,
     Landed,
     Limits,
@@ -46,7 +47,7 @@ class Engine:
         self._clock = clock
         self._pool = BlockPool(blocks, compatibility.block_size)
         self._scheduler = Scheduler(self._pool, limits)
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, list[Sequence]] = {}  # several: choices that have forked
         self._times = StepTimes()
         self._root: Callable[[str], bytes] = lru_cache(1024)(lambda salt: chain_root(compatibility, salt))
         self._prompt_tokens = 0
@@ -72,6 +73,8 @@ class Engine:
                 self._start(command)
             case Drop():
                 self._drop(command)
+            case DropChoice():
+                self._drop_choice(command)
             case Ping():
                 self._pinged = True
 
@@ -85,8 +88,8 @@ class Engine:
         started_s = self._clock.now()
         sampled = self._runner.run([_row(chunk) for chunk in chunks])
         self._measure(chunks, self._clock.now() - started_s)
-        for chunk, token in zip(chunks, sampled, strict=True):
-            self._commit(chunk, token)
+        for chunk, tokens in zip(chunks, sampled, strict=True):
+            self._commit(chunk, tokens)
         return True
 
     def take_report(self) -> Report:
@@ -109,7 +112,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Prove that every block has exactly one kind of owner; for idle moments and tests."""
-        self._pool.check_integrity(sequence.blocks for sequence in self._sequences.values())
+        self._pool.check_integrity(one.blocks for group in self._sequences.values() for one in group)
 
     # Commands
 
@@ -119,7 +122,7 @@ class Engine:
         if refusal := self._refusal(sequence):
             self._refused.append(Refused(submit.seq_id, FACTS[type(refusal)].label, refusal.message))
             return
-        self._sequences[submit.seq_id] = sequence
+        self._sequences[submit.seq_id] = [sequence]
         if sequence.state is State.RECEIVING:
             self._report_admitted(sequence)
         else:
@@ -136,42 +139,83 @@ class Engine:
         return None
 
     def _landed(self, command: Landed) -> None:
-        if sequence := self._sequences.get(command.seq_id):
+        if group := self._sequences.get(command.seq_id):
+            (sequence,) = group
             assert sequence.state in _RESERVED, "KV landed for a sequence that expects none"
             sequence.computed = max(sequence.computed, command.tokens)
 
     def _start(self, command: Start) -> None:
-        sequence = self._sequences.get(command.seq_id)
-        if sequence is None:
+        group = self._sequences.get(command.seq_id)
+        if group is None:
             return  # dropped while the command was on its way
+        (sequence,) = group
         assert sequence.state in _RESERVED, "started twice"
         assert sequence.computed == sequence.known, "started before all KV had landed"
         sequence.seal(self._pool)
-        sequence.append(command.token)
         sequence.state = State.RUNNING
+        self._go_on(sequence, command.tokens)
 
     def _drop(self, command: Drop) -> None:
-        if sequence := self._sequences.pop(command.seq_id, None):
+        for sequence in self._sequences.pop(command.seq_id, []):
             self._scheduler.remove(sequence)
         self._dropped.append(command.seq_id)
 
+    def _drop_choice(self, command: DropChoice) -> None:
+        for sequence in list(self._sequences.get(command.seq_id, [])):
+            if command.choice in sequence.choices:
+                sequence.choices.remove(command.choice)
+                if not sequence.choices:
+                    assert sequence.state not in _RESERVED, "KV may be on its way into the blocks"
+                    self._remove(sequence)
+
     # Results of a step
 
-    def _commit(self, chunk: Chunk, token: int | None) -> None:
+    def _commit(self, chunk: Chunk, tokens: list[int]) -> None:
         sequence = chunk.sequence
         sequence.computed += chunk.tokens
         sequence.seal(self._pool)
         if sequence.kind == "prefill":
             self._advanced.append(Advanced(sequence.seq_id, sequence.computed, list(sequence.blocks)))
-        if token is None:
-            return
-        finish = sequence.append(token)
-        self._tokens.append(Token(sequence.seq_id, len(sequence.output_ids) - 1, token, finish))
+        if tokens:
+            self._sampled(sequence, tokens)
+
+    def _sampled(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Report a token of each choice; those that it does not end go on."""
+        going_on: dict[int, int] = {}
+        for choice, token in zip(sequence.choices, tokens, strict=True):
+            finish = sequence.finish(token)
+            self._tokens.append(Token(sequence.seq_id, len(sequence.output_ids), token, finish, choice))
+            if not finish:
+                going_on[choice] = token
         if sequence.kind == "prefill":
             sequence.state = State.HELD
-        elif finish:
+        elif going_on:
+            self._go_on(sequence, going_on)
+        else:
+            self._remove(sequence)
+
+    def _go_on(self, sequence: Sequence, tokens: dict[int, int]) -> None:
+        """Continue each choice with its token. The first keeps the sequence, the others fork from it.
+
+        The last block of the prompt may be partial, and each choice writes the KV of its token there in
+        its next step: copying it here is copy on write, at the latest moment.
+        """
+        first, *others = tokens
+        forks = [sequence.fork(choice) for choice in others]
+        if copies := self._scheduler.fork(sequence, forks):
+            self._runner.copy_blocks(copies)
+        self._sequences[sequence.seq_id] += forks
+        sequence.choices = [first]
+        for one in (sequence, *forks):
+            one.append(tokens[one.choices[0]])
+
+    def _remove(self, sequence: Sequence) -> None:
+        """A choice has ended; the last one ends its group."""
+        self._scheduler.remove(sequence)
+        group = self._sequences[sequence.seq_id]
+        group.remove(sequence)
+        if not group:
             del self._sequences[sequence.seq_id]
-            self._scheduler.remove(sequence)
 
     def _measure(self, chunks: list[Chunk], seconds: float) -> None:
         decode_tokens = sum(chunk.sequence.decoding for chunk in chunks)
@@ -231,5 +275,5 @@ class Engine:
 def _row(chunk: Chunk) -> Row:
     sequence = chunk.sequence
     end = sequence.computed + chunk.tokens
-    sample = sequence.sample() if end == sequence.known else None
-    return Row(sequence.tokens[sequence.computed : end], sequence.computed, sequence.blocks, sample)
+    samples = sequence.samples() if end == sequence.known else []
+    return Row(sequence.tokens[sequence.computed : end], sequence.computed, sequence.blocks, samples)

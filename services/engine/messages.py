@@ -5,7 +5,10 @@ through the engine like this, by the kind it was submitted as:
 
     local     Submit ── Admitted ── Token+ (the last one has a finish) ── gone
     prefill   Submit ── Admitted ── Advanced* ── Token  ── its blocks stay until Drop
-    receive   Submit ── Admitted ── Landed* ── Start(first token) ── Token+ ── gone
+    receive   Submit ── Admitted ── Landed* ── Start(first tokens) ── Token+ ── gone
+
+One Submit may ask for several choices: answers to one prompt, which is computed or received once. Each
+choice has tokens and a finish of its own; the sequence is gone with its last choice.
 
 Refused ends a sequence before Admitted. Drop ends any sequence at any time; its blocks are free (or
 cached) once `dropped` reports it. Revoked asks for the reservation of a `receive` sequence back,
@@ -55,6 +58,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     output_ids: list[int]  # delivered by earlier attempts
     sampling: SamplingParams
     salt: str = ""
+    choices: tuple[int, ...] = (0,)  # their numbers among all choices of the request
 
 
 class Landed(msgspec.Struct, frozen=True, tag=True):
@@ -65,21 +69,28 @@ class Landed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """The lease is confirmed: decode from the token the prefill worker sampled."""
+    """The lease is confirmed: decode from the tokens the prefill worker sampled."""
 
     seq_id: str
-    token: int
+    tokens: dict[int, int]  # of the choices that go on
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):
     seq_id: str
 
 
+class DropChoice(msgspec.Struct, frozen=True, tag=True):
+    """End one choice; the others go on. A reservation that nobody wants any more is ended by Drop."""
+
+    seq_id: str
+    choice: int
+
+
 class Ping(msgspec.Struct, frozen=True, tag=True):
     """Asks for a report, as a sign of life: the engine reads commands only between two steps."""
 
 
-Command = Submit | Landed | Start | Drop | Ping
+Command = Submit | Landed | Start | Drop | DropChoice | Ping
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -108,6 +119,7 @@ class Token(msgspec.Struct, frozen=True):
     index: int  # position in the answer
     token: int
     finish: FinishReason | None
+    choice: int = 0
 
 
 class Revoked(msgspec.Struct, frozen=True):

@@ -2,8 +2,8 @@
 
 The torch implementation is `services.engine.device.torch_runner`. `ArithmeticRunner` is the
 in-memory twin: a token's KV is the token itself and the next token a checksum of all tokens before
-it, read back through the block table. A fault in scheduling, prefix reuse or transfer therefore changes
-its tokens, just as it would change a model's.
+it, read back through the block table. A fault in scheduling, prefix reuse, forking or transfer therefore
+changes its tokens, just as it would change a model's.
 """
 
 import zlib
@@ -22,6 +22,7 @@ class Sample:
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]  # the sampled token becomes output_ids[len(output_ids)]
+    choice: int = 0  # which of a prompt's answers; each has noise of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,20 @@ class Row:
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]  # block ids that cover positions [0, start + len(tokens))
-    sample: Sample | None  # None: a prefill chunk that is not the prompt's last
+    samples: Sequence[Sample]  # of the token that comes next; none: a chunk that is not the prompt's last
 
 
 class ModelRunner(Protocol):
-    def run(self, rows: Sequence[Row]) -> list[int | None]:
-        """Write the rows' KV into the pool; return one sampled token per row (None without sample).
+    def run(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Write the rows' KV into the pool; return each row's sampled tokens, one per sample.
 
         All KV writes of the batch are visible to readers of the pool when this returns.
         """
+        ...
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks of the pool: (from, to) each. No block is the target of two copies, or both
+        source and target."""
         ...
 
 
@@ -52,12 +58,18 @@ class ArithmeticRunner:
         self._slots = pool.cast("B").cast("i")  # 2 * block_size per block: k, then v
         self._vocab = vocab
 
-    def run(self, rows: Sequence[Row]) -> list[int | None]:
+    def run(self, rows: Sequence[Row]) -> list[list[int]]:
         for row in rows:
             for offset, token in enumerate(row.tokens):
                 slot = self._slot(row, row.start + offset)
                 self._slots[slot], self._slots[slot + self._block_size] = token, -token
-        return [self._next_token(row, row.sample) if row.sample else None for row in rows]
+        return [[self._next_token(row, sample) for sample in row.samples] for row in rows]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        size = 2 * self._block_size
+        for source, target in copies:
+            block = self._slots[source * size : (source + 1) * size]
+            self._slots[target * size : (target + 1) * size] = block
 
     def _slot(self, row: Row, position: int) -> int:
         block = row.block_table[position // self._block_size]
@@ -72,11 +84,14 @@ class ArithmeticRunner:
             v = k + self._block_size
             keys = zlib.crc32(self._slots[k : k + tokens], keys)
             values = zlib.crc32(self._slots[v : v + tokens], values)
-        return arithmetic_token(keys, values, sample.params, len(sample.output_ids), self._vocab)
+        index = len(sample.output_ids)
+        return arithmetic_token(keys, values, sample.params, index, self._vocab, sample.choice)
 
 
-def arithmetic_token(keys: int, values: int, params: SamplingParams, index: int, vocab: int) -> int:
+def arithmetic_token(
+    keys: int, values: int, params: SamplingParams, index: int, vocab: int, choice: int = 0
+) -> int:
     """The `index`-th token of an answer, from the checksums (CRC-32 of int32) of all k and all v before
-    it. Greedy, it depends on nothing else; sampled, on the seed and the index too."""
-    noise = hash((params.seed, index)) if params.temperature else 0
+    it. Greedy, it depends on nothing else; sampled, on seed, index and choice too."""
+    noise = hash((params.seed, index, choice)) if params.temperature else 0
     return (keys ^ values * 31 ^ noise) % vocab

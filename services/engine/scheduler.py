@@ -52,13 +52,32 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence) -> bool:
         """Take all blocks of a `receive` sequence at once. False: no room beside those who are here."""
-        queued = sum(self._pool.blocks_for(waiting.known) for waiting in self.waiting)
+        queued = sum(self._pool.blocks_for(one.known) + _blocks_to_fork(one) for one in self.waiting)
         if not self._admit(sequence, sequence.known, keep_free=queued):
             return False
         missing = self._pool.blocks_for(sequence.known) - len(sequence.blocks)
         sequence.blocks.extend(self._pool.allocate(missing))
         sequence.state = State.RECEIVING
         return True
+
+    def fork(self, parent: Sequence, forks: list[Sequence]) -> list[tuple[int, int]]:
+        """Let choices of `parent`, whose tokens are all computed, go on beside it; the blocks to copy.
+
+        One that finds no room waits at the head of the queue, like a preempted sequence.
+        """
+        copies: list[tuple[int, int]] = []
+        place = self.admitted.index(parent)  # as old as the parent
+        partial = int(parent.computed % self._pool.block_size > 0)
+        for fork in forks:
+            if len(self.admitted) >= self._limits.sequences_max or not self._pool.can_allocate(partial):
+                break
+            if copied := fork.share(parent, self._pool):
+                copies.append(copied)
+            fork.state = State.RUNNING
+            place += 1
+            self.admitted.insert(place, fork)
+        self.waiting.extendleft(fork for fork in reversed(forks) if fork.state is State.WAITING)
+        return copies
 
     def schedule(self, times: StepTimes) -> list[Chunk]:
         """The next step's work. Blocks for all of it are allocated when this returns."""
@@ -98,7 +117,10 @@ class Scheduler:
         size = self._pool.block_size
         matched = self._pool.match(sequence.hashes(size)[: reusable_tokens // size])
         needed = self._pool.blocks_for(sequence.known) - len(matched)
-        if not self._pool.can_allocate(needed + self._expected_growth() + keep_free, keep=matched):
+        # Choices that could never be here all at once run one after another.
+        forks = min(_blocks_to_fork(sequence), max(self._pool.blocks - len(matched) - needed, 0))
+        wanted = needed + forks + self._expected_growth() + keep_free
+        if not self._pool.can_allocate(wanted, keep=matched):
             return False
         self._pool.acquire(matched)
         sequence.adopt(matched, size)
@@ -134,10 +156,11 @@ class Scheduler:
             self._revoke_newest()
 
     def _expected_growth(self) -> int:
-        """Blocks that sequences already here will want: for the rest of their known tokens, and one more."""
+        """Blocks that sequences already here will want: for the rest of their known tokens, and one more
+        for each choice."""
         pool = self._pool
         return sum(
-            pool.blocks_for(s.known) - len(s.blocks) + (s.kind != "prefill")
+            pool.blocks_for(s.known) - len(s.blocks) + _blocks_to_fork(s) + (s.kind != "prefill")
             for s in self.admitted
             if s.state is not State.HELD
         )
@@ -188,3 +211,8 @@ class Scheduler:
         sequence.kind = "local"
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+
+def _blocks_to_fork(sequence: Sequence) -> int:
+    """Blocks that a sequence's further choices will want, once their prompt is here."""
+    return 0 if sequence.kind == "prefill" else len(sequence.choices) - 1

@@ -9,9 +9,13 @@
     blocks   |███████████████████|███████████░░░░|          ░ allocated, no token yet
 
 Each step moves `computed` towards the number of known tokens; there is no other notion of phase.
+
+A sequence with several choices holds what they share: the prompt. When its KV is there it forks, and
+each choice is a sequence of its own, with the prompt's full blocks in common.
 """
 
 from collections.abc import Sequence as Ids
+from copy import copy
 from enum import Enum, auto
 
 from services.core.block_hash import block_hash
@@ -37,6 +41,7 @@ class Sequence:
     def __init__(self, submit: Submit, root: bytes, arrived_s: float) -> None:
         self.seq_id = submit.seq_id
         self.kind: Kind = submit.kind
+        self.choices = list(submit.choices)  # one, from the fork on
         self.params: SamplingParams = submit.sampling
         self.prompt_ids = submit.prompt_ids
         self.output_ids = list(submit.output_ids)
@@ -78,14 +83,28 @@ class Sequence:
             )
         return self._hashes
 
-    def sample(self) -> Sample:
-        return Sample(self.params, self.prompt_ids, self.output_ids)
+    def samples(self) -> list[Sample]:
+        return [Sample(self.params, self.prompt_ids, self.output_ids, choice) for choice in self.choices]
 
-    def append(self, token: int) -> FinishReason | None:
-        """Add a sampled token; why the answer ends with it, or None."""
+    def finish(self, token: int) -> FinishReason | None:
+        """Why the answer ends with `token` as its next one, or None."""
+        return self.params.finish(token, len(self.output_ids) + 1)
+
+    def append(self, token: int) -> None:
+        """Add a sampled token."""
         self.tokens.append(token)
         self.output_ids.append(token)
-        return self.params.finish(token, len(self.output_ids))
+
+    def fork(self, choice: int) -> "Sequence":
+        """Another answer to the same tokens: a waiting sequence without blocks, for `choice` alone."""
+        fork = copy(self)
+        fork.kind = "local"
+        fork.choices = [choice]
+        fork.state = State.WAITING
+        fork.output_ids, fork.tokens = list(self.output_ids), list(self.tokens)
+        fork.blocks, fork.computed, fork._sealed = [], 0, 0
+        fork._hashes = list(self._hashes)
+        return fork
 
     def seal(self, pool: BlockPool) -> None:
         """Give every block that is full of computed tokens its hash."""
@@ -101,6 +120,18 @@ class Sequence:
         self.blocks = list(matched)
         self.computed = len(matched) * block_size
         self._sealed = len(matched)
+
+    def share(self, parent: "Sequence", pool: BlockPool) -> tuple[int, int] | None:
+        """Begin with the computed tokens of `parent`: its full blocks, referenced once more, and a copy of
+        the partial one, which is (from, to), if there is one."""
+        shared = parent.computed // pool.block_size
+        pool.acquire(parent.blocks[:shared])
+        self.blocks = parent.blocks[:shared]
+        self.computed, self._sealed = parent.computed, parent._sealed
+        if shared == pool.blocks_for(parent.computed):
+            return None
+        self.blocks += pool.allocate(1)
+        return parent.blocks[shared], self.blocks[shared]
 
     def surrender(self, pool: BlockPool) -> None:
         """Give all blocks back; what was sealed stays in the cache."""

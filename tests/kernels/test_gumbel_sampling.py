@@ -103,7 +103,7 @@ def test_argmax_samples_from_the_softmax_of_what_is_kept(kept: int) -> None:
     draws, vocab = 40_000, 100
     scores = (torch.randn(1, vocab) * 2).index_fill(1, torch.randperm(vocab)[kept:], -torch.inf)
     seeds = torch.arange(draws)
-    tokens = gumbel_argmax(scores.expand(draws, -1), seeds, torch.full_like(seeds, 5))
+    tokens = gumbel_argmax(scores.expand(draws, -1), seeds, seeds % 3, torch.full_like(seeds, 5))
     counts = tokens.bincount(minlength=vocab).double()
     expected = scores[0].double().softmax(0) * draws
     assert int(counts[expected == 0].sum()) == 0
@@ -118,5 +118,28 @@ def test_sparse_and_dense_noise_choose_the_same_token() -> None:
     dense = torch.randn(64, 40)
     sparse = torch.full((64, 40 * 20), -torch.inf)
     sparse[:, :40] = dense
-    seeds, indices = torch.arange(64) * 7919, torch.arange(64) % 5
-    assert torch.equal(gumbel_argmax(dense, seeds, indices), gumbel_argmax(sparse, seeds, indices))
+    keys = torch.arange(64) * 7919, torch.arange(64) % 3, torch.arange(64) % 5
+    assert torch.equal(gumbel_argmax(dense, *keys), gumbel_argmax(sparse, *keys))
+
+
+def test_the_first_choice_has_the_noise_of_the_seed_itself() -> None:
+    """SplitMix64's second output for the seed: streams that began without choices go on the same."""
+    scores, seed, index = torch.zeros(1, 5000), torch.tensor([77]), torch.tensor([4])
+    expected = gumbel_noise(_mix(_mix(seed) + index * _GAMMA), torch.arange(5000)).argmax()
+    assert gumbel_argmax(scores, seed, torch.tensor([0]), index) == expected
+
+
+def test_choices_are_drawn_independently() -> None:
+    """The pairs that two choices of one seed give fill the square as pairs of independent draws do."""
+    draws, vocab = 40_000, 8
+    scores, seeds, zeros = (
+        torch.zeros(draws, vocab),
+        torch.arange(draws),
+        torch.zeros(draws, dtype=torch.long),
+    )
+    for other in (1, 2, 100):
+        pair = [gumbel_argmax(scores, seeds, zeros + choice, zeros) for choice in (0, other)]
+        counts = (pair[0] * vocab + pair[1]).bincount(minlength=vocab**2).double()
+        expected = draws / vocab**2
+        excess = float((counts - expected).square().sum() / expected)
+        assert excess < 63 + 8 * (2 * 63) ** 0.5

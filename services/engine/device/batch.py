@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
-from services.engine.runner import Row, Sample
+from services.engine.runner import Row
 
 # Context tokens whose k and v a decode group gathers at once. The copy should be read back from the
 # processor's cache: per layer of the default model, 8 rows of 256 tokens take 0.22 ms, 32 at once 1.08 ms.
@@ -25,9 +25,8 @@ class Batch:
     blocks: Tensor  # int64 [tokens], where each token's KV goes
     offsets: Tensor  # int64 [tokens], and its place in that block
     attention: list[ops.AttentionGroup]
-    last_tokens: Tensor  # int64 [samples], each sampled row's last token in `tokens`
-    sampled: list[int]  # [samples], each one's index in the rows given to `build_batch`
-    samples: list[Sample]
+    last_tokens: Tensor  # int64 [sampled rows], each one's last token in `tokens`
+    sampled: list[int]  # [sampled rows], each one's index in the rows given to `build_batch`
 
 
 def build_batch(rows: Sequence[Row], pool: Tensor, window: int | None) -> Batch:
@@ -44,7 +43,7 @@ def build_batch(rows: Sequence[Row], pool: Tensor, window: int | None) -> Batch:
     positions = np.concatenate([np.arange(row.start, row.start + len(row.tokens)) for row in ordered])
     blocks = np.concatenate([_blocks_written(row, block_size) for row in ordered])
     ends = np.cumsum([len(row.tokens) for row in ordered]) - 1
-    sampled = [(place, row.sample) for place, row in enumerate(ordered) if row.sample is not None]
+    sampled = [place for place, row in enumerate(ordered) if row.samples]
 
     def on_device(values: Sequence[int] | np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=pool.device)
@@ -60,9 +59,8 @@ def build_batch(rows: Sequence[Row], pool: Tensor, window: int | None) -> Batch:
             window,
             _TOKENS_PER_GROUP_CPU if pool.device.type == "cpu" else _TOKENS_PER_GROUP_GPU,
         ),
-        last_tokens=on_device([ends[place] for place, _ in sampled]),
-        sampled=[order[place] for place, _ in sampled],
-        samples=[sample for _, sample in sampled],
+        last_tokens=on_device([ends[place] for place in sampled]),
+        sampled=[order[place] for place in sampled],
     )
 
 

@@ -26,7 +26,7 @@ class Decoder:
         self._frequencies = rope_frequencies(config).to(pool.device)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Writes the batch's KV into the pool; float32 [samples, vocab] for the rows that are sampled."""
+        """Writes the batch's KV into the pool; float32 [sampled rows, vocab]."""
         eps = self._config.rms_norm_eps
         hidden = F.embedding(batch.tokens, self._weights.embedding)
         angles = ops.rope_angles(batch.positions, self._frequencies, hidden.dtype)

@@ -1,4 +1,4 @@
-"""Sampling: a pure function of (logits, SamplingParams, output index, token histories).
+"""Sampling: a pure function of (logits, SamplingParams, choice, output index, token histories).
 
     penalties and forbidden ends -> temperature -> top_k -> top_p -> min_p -> Gumbel argmax
 
@@ -93,6 +93,7 @@ def _draw(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
     return ops.gumbel_argmax(
         scores,
         column([_signed(p.seed) for p in params], torch.int64),
+        column([sample.choice for sample in samples], torch.int64),
         column([len(sample.output_ids) for sample in samples], torch.int64),
     )
 

@@ -49,17 +49,27 @@ class TorchRunner:
         self._decoder = Decoder(files.config, weights, self.pool)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Row]) -> list[int | None]:
-        """Writes the rows' KV; one sampled token per row, None for rows without a sample."""
+    def run(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Writes the rows' KV; the sampled tokens of each row, one per sample."""
         if not rows:
             return []
         batch, logits = self._compute(rows)
-        tokens: list[int | None] = [None] * len(rows)
-        for index, token in zip(batch.sampled, sample_tokens(logits, batch.samples), strict=True):
-            tokens[index] = token
+        samples = [sample for index in batch.sampled for sample in rows[index].samples]
+        places = [place for place, index in enumerate(batch.sampled) for _ in rows[index].samples]
+        if len(samples) > len(logits):  # several choices are drawn from the logits of one row
+            logits = logits[places]
+        tokens: list[list[int]] = [[] for _ in rows]
+        for place, token in zip(places, sample_tokens(logits, samples), strict=True):
+            tokens[batch.sampled[place]].append(token)
         if self.pool.is_cuda:
             torch.cuda.synchronize(self.pool.device)  # readers of the pool wait for no stream of ours
         return tokens
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks: (from, to) each."""
+        sources, targets = torch.tensor(copies, device=self.pool.device).unbind(dim=1)
+        self.pool.index_copy_(0, targets, self.pool[sources])
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:

@@ -23,9 +23,11 @@ def submit(
     max_tokens: int = 4,
     kind: Kind = "local",
     outputs: tuple[int, ...] = (),
+    choices: tuple[int, ...] = (0,),
     **params: object,
 ) -> Submit:
-    return Submit(seq_id, kind, prompt, list(outputs), SamplingParams(max_tokens=max_tokens, **params))  # type: ignore[arg-type]
+    sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+    return Submit(seq_id, kind, prompt, list(outputs), sampling, choices=choices)
 
 
 def turns(engine: Engine) -> list[Report]:
@@ -182,7 +184,7 @@ def test_a_received_sequence_decodes_from_the_first_token_without_computing_the_
     assert report.admitted[0].cached_tokens == 0
     pools[1][:] = pools[0]  # both pools are fresh, so the block tables are equal
     target.handle(Landed("x", 10))
-    target.handle(Start("x", first))
+    target.handle(Start("x", {0: first}))
     reports = turns(target)
     assert [first, *(token.token for one in reports for token in one.tokens)] == expected
     assert sum(one.step.prefill_tokens for one in reports if one.step) == 0
@@ -217,7 +219,7 @@ def test_a_start_that_crosses_its_revocation_wins() -> None:
     subject = growing_beside_a_reservation()
     turns(subject)
     subject.handle(Landed("reserved", 9))
-    subject.handle(Start("reserved", 42))
+    subject.handle(Start("reserved", {0: 42}))
     finished = {token.seq_id for report in turns(subject) for token in report.tokens if token.finish}
     assert finished == {"grows", "reserved"}
 

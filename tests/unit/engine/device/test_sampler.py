@@ -19,9 +19,12 @@ def params(temperature: float = 1.0, **others: object) -> SamplingParams:
 
 
 def sample(
-    p: SamplingParams, prompt: tuple[int, ...] = (1, 2, 3), output: tuple[int, ...] = (4, 5)
+    p: SamplingParams,
+    prompt: tuple[int, ...] = (1, 2, 3),
+    output: tuple[int, ...] = (4, 5),
+    choice: int = 0,
 ) -> Sample:
-    return Sample(p, prompt, output)
+    return Sample(p, prompt, output, choice)
 
 
 VARIED = [
@@ -39,7 +42,7 @@ VARIED = [
 
 def test_a_row_gives_the_same_token_in_every_batch() -> None:
     logits = torch.randn(len(VARIED), 1000) * 2
-    samples = [sample(p, output=tuple(range(row))) for row, p in enumerate(VARIED)]
+    samples = [sample(p, output=tuple(range(row)), choice=row % 4) for row, p in enumerate(VARIED)]
     together = sample_tokens(logits, samples)
     alone = [sample_tokens(logits[row : row + 1], [each])[0] for row, each in enumerate(samples)]
     order = torch.randperm(len(VARIED)).tolist()
@@ -61,10 +64,12 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     assert sample_tokens(logits, [sample(params(0.0))] * 2) == [37, 0]
 
 
-def test_seed_and_output_index_both_change_the_draw() -> None:
+def test_seed_choice_and_output_index_each_change_the_draw() -> None:
     logits = torch.zeros(1, 5000)
     by_seed = {sample_tokens(logits, [sample(params(seed=seed))])[0] for seed in range(50)}
     by_index = {sample_tokens(logits, [sample(params(), output=(9,) * n)])[0] for n in range(50)}
+    by_choice = {sample_tokens(logits, [sample(params(), choice=choice)])[0] for choice in range(50)}
+    assert len(by_choice) > 45
     assert len(by_seed) > 45
     assert len(by_index) > 45
     # What precedes the output does not: only its length is part of the key.

@@ -30,9 +30,7 @@ def test_tokens_are_those_that_transformers_generates(
     tokens = list(prompt)
     for _ in range(len(expected) - len(prompt)):
         start = 0 if tokens == prompt else len(tokens) - 1
-        (token,) = driver.runner.run([driver.row(tokens[start:], start)])
-        assert token is not None
-        tokens.append(token)
+        tokens += driver.runner.run([driver.row(tokens[start:], start)])[0]
     assert tokens == expected
 
 
@@ -47,11 +45,11 @@ def test_results_follow_the_order_of_the_rows_and_chunks_have_none(folder: Path)
         drivers[3].row(short, 0),
     ]
     alone = [runner.run([row])[0] for row in rows]
-    assert alone[2] is None
+    assert [len(tokens) for tokens in alone] == [1, 1, 0, 1]
     assert runner.run(rows) == alone
     assert runner.run(rows[::-1]) == alone[::-1]
     assert torch.allclose(runner.logits([rows[3], rows[0]])[1], runner.logits([rows[0]])[0], atol=1e-5)
-    assert runner.run([rows[2]]) == [None]
+    assert runner.run([rows[2]]) == [[]]
     assert runner.run([]) == []
 
 
@@ -60,7 +58,7 @@ def test_kv_lands_in_the_shared_memory_it_was_given(folder: Path) -> None:
     geometry = files.config.pool_geometry(6, 8)
     memory = bytearray(geometry.bytes)
     runner = TorchRunner(files, geometry, memoryview(memory), threads=1)
-    runner.run([Row([5, 6, 7], 0, [4], None)])
+    runner.run([Row([5, 6, 7], 0, [4], [])])
     written = [
         block
         for block in range(6)
@@ -76,14 +74,13 @@ def test_blocks_copied_to_another_pool_decode_to_the_same_token(folder: Path) ->
     pools = [bytearray(geometry.bytes), bytearray(geometry.bytes)]
     prefill, decode = (TorchRunner(files, geometry, memoryview(pool), threads=1) for pool in pools)
     prompt = torch.randint(0, 199, (21,)).tolist()
-    sample = Sample(GREEDY, prompt, [])
-    (first,) = prefill.run([Row(prompt, 0, [1, 2, 3], sample)])
-    assert first is not None
+    samples = [Sample(GREEDY, prompt, [])]
+    ((first,),) = prefill.run([Row(prompt, 0, [1, 2, 3], samples)])
     for source, target in ((1, 7), (2, 0), (3, 5)):
         size = geometry.block_bytes
         pools[1][target * size : (target + 1) * size] = pools[0][source * size : (source + 1) * size]
-    (local,) = prefill.run([Row([first], 21, [1, 2, 3], sample)])
-    (moved,) = decode.run([Row([first], 21, [7, 0, 5], sample)])
+    (local,) = prefill.run([Row([first], 21, [1, 2, 3], samples)])
+    (moved,) = decode.run([Row([first], 21, [7, 0, 5], samples)])
     assert moved == local
 
 
@@ -97,9 +94,7 @@ def test_a_sampled_stream_continues_the_same_when_resumed_elsewhere(folder: Path
         for _ in range(count):
             tokens = (prompt + output)[start:]
             table = driver.row(tokens, start).block_table
-            (token,) = runner.run([Row(tokens, start, table, Sample(params, prompt, output))])
-            assert token is not None
-            output.append(token)
+            output += runner.run([Row(tokens, start, table, [Sample(params, prompt, output)])])[0]
             start = len(prompt) + len(output) - 1
         return output
 
@@ -117,3 +112,25 @@ def test_a_pool_of_another_model_or_size_is_refused(folder: Path) -> None:
     wrong = type(other)(6, other.layers + 1, other.kv_heads, 8, other.head_dim)
     with pytest.raises(ConfigError, match="same model"):
         TorchRunner(files, wrong, None, threads=1)
+
+
+def test_choices_of_one_row_are_what_each_gives_alone(folder: Path) -> None:
+    """One forward pass gives all of them, beside rows with one choice or none."""
+    runner = open_runner(folder)
+    params = SamplingParams(max_tokens=9, temperature=1.3, seed=5, top_k=100)
+    prompt = torch.randint(0, 199, (11,)).tolist()
+    table = Driver(runner, range(8, 16)).row(prompt, 0).block_table
+    choices = [Sample(params, prompt, [], choice) for choice in range(6)]
+    alone = [runner.run([Row(prompt, 0, table, [choice])])[0][0] for choice in choices]
+    others = [Driver(runner, range(8)).row(prompt[:3], 0), Driver(runner, range(16, 24)).row(prompt, 0, None)]
+    together = runner.run([others[0], Row(prompt, 0, table, choices), others[1]])
+    assert together == [runner.run([others[0]])[0], alone, []]
+    assert len(set(alone)) > 2
+
+
+def test_copied_blocks_hold_what_their_sources_hold(folder: Path) -> None:
+    runner = open_runner(folder, blocks=6)
+    runner.pool.copy_(torch.randn(runner.pool.shape))
+    before = runner.pool.clone()
+    runner.copy_blocks([(1, 4), (1, 2), (5, 0)])
+    assert torch.equal(runner.pool, before[[5, 1, 1, 3, 1, 5]])

@@ -72,9 +72,9 @@ class Driver:
         self.table = random.Random(seed).sample(list(blocks), len(blocks))
 
     def row(self, tokens: Sequence[int], start: int, params: SamplingParams | None = GREEDY) -> Row:
-        sample = None if params is None else Sample(params, list(tokens), [])
+        samples = [] if params is None else [Sample(params, list(tokens), [])]
         end = -(-(start + len(tokens)) // self.runner.pool.shape[4])
-        return Row(tokens, start, self.table[:end], sample)
+        return Row(tokens, start, self.table[:end], samples)
 
     def logits(self, tokens: Sequence[int], chunks: Sequence[int]) -> torch.Tensor:
         """The logits after each chunk. The chunks' sizes sum to the number of tokens."""
