@@ -22,12 +22,15 @@ def route(
 ) -> Route | None:
     """The cheapest way to serve `request`, or None when no worker can.
 
-    `cached_tokens` maps worker ids to the prompt's leading tokens in their caches (absent: 0). A
+    `cached_tokens` maps worker ids to the prompt's leading tokens in their caches (absent: 0). Who
+    computes the prompt may first fetch a prefix of it from another worker's cache. A
     request for one token goes to a prefill worker only, unless the split is "never". Workers without
     room for the prompt are taken only when all lack it.
     """
-    usable = [worker for worker in workers if worker.ready and worker.id not in request.excluded]
-    costs = CostModel.of(request, cached_tokens, usable, options)
+    not_excluded = [worker for worker in workers if worker.id not in request.excluded]
+    usable = [worker for worker in not_excluded if worker.ready]
+    lenders = [worker for worker in not_excluded if worker.lends]
+    costs = CostModel.of(request, cached_tokens, usable, options, lenders)
     prefills = [] if options.split == "never" else _roomy([w for w in usable if w.prefills], request)
     decodes = _roomy([w for w in usable if w.decodes], request)
     prefill_offers = [costs.prefill(worker) for worker in prefills]
@@ -35,7 +38,9 @@ def route(
         return Route((_cheapest(prefill_offers, options, rng),), tuple(prefill_offers))
     decode_offers = [costs.decode(worker) for worker in decodes]
     pairs = _pairs(prefill_offers, decode_offers, options, rng)
-    alone_offers = [costs.alone(worker) for worker in decodes if not pairs or _may_be_alone(worker, costs)]
+    alone_offers = [costs.alone(worker) for worker in decodes]
+    if pairs:
+        alone_offers = [offer for offer in alone_offers if _may_be_alone(offer, costs)]
     choices = pairs + ([(_cheapest(alone_offers, options, rng),)] if alone_offers else [])
     if not choices:
         return None
@@ -43,10 +48,11 @@ def route(
     return Route(_draw(choices, options, rng), tuple(considered))
 
 
-def _may_be_alone(worker: WorkerView, costs: CostModel) -> bool:
-    """Whether `worker` alone competes with the pairs there are."""
+def _may_be_alone(offer: Offer, costs: CostModel) -> bool:
+    """Whether one worker alone competes with the pairs there are."""
     options = costs.options
-    return options.split == "auto" and costs.uncached(worker) <= options.local_prefill_tokens_max
+    computed = costs.to_compute(offer.worker, offer.fetch)
+    return options.split == "auto" and computed <= options.local_prefill_tokens_max
 
 
 def _roomy(workers: list[WorkerView], request: RouteRequest) -> list[WorkerView]:

@@ -18,6 +18,7 @@ class WorkerView:
     prefills: bool
     decodes: bool
     ready: bool = True
+    lends: bool = True  # others may read its cache: true of a draining worker, not of a suspected one
     compatibility: str = ""  # opaque; KV moves only between workers with equal ones
     queued_prefill_tokens: int = 0
     running: int = 0  # sequences with blocks
@@ -52,6 +53,16 @@ class RouteOptions:
     # One more RPC and its confirmation; then 46 KB per token (30 layers, 3 KV heads, float32) at 1 GB/s.
     transfer_ms: float = 2.0
     transfer_ms_per_token: float = 0.05
+    # A worker fetches a cached prefix from another one if that saves at least so many blocks and takes
+    # at most this share of the time to compute them. The rest is a margin for what a snapshot does not
+    # show: other transfers on the link, and blocks that were evicted meanwhile.
+    fetch: bool = True
+    fetch_blocks_min: int = 4
+    fetch_share_max: float = 0.75
+    # Three RPCs, and the wait for the source's engine, which answers between two steps: half of one on
+    # average, and few workers are busy with steps of 100 ms, the target of mixed ones. Each token then
+    # moves like any transfer's.
+    fetch_ms: float = 20.0
     # How much a millisecond that another sequence is delayed counts against one of our own.
     interference: float = 1.0
     # A decode step grows with its batch, hardly on a GPU and nearly linearly on a CPU: by this share
@@ -62,6 +73,15 @@ class RouteOptions:
     assumed_decode_step_ms: float = 20.0
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """The KV of `tokens` tokens, from the end of a worker's own cache on, read from another worker's."""
+
+    source: str
+    tokens: int
+    ms: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """What it costs to give one worker one part of the request, in milliseconds."""
@@ -70,20 +90,43 @@ class Offer:
     part: Part
     cached_tokens: int
     queue_ms: float = 0.0  # prefills ahead of this one
-    prefill_ms: float = 0.0  # the prompt's uncached tokens
+    fetch: Fetch | None = None  # of a prefix that another worker has cached
+    prefill_ms: float = 0.0  # the prompt's tokens that are neither cached nor fetched
     transfer_ms: float = 0.0  # KV that the decode worker lacks
     decode_ms: float = 0.0  # from KV in place to the first decode step's end
     interference_ms: float = 0.0  # delay of decoding by prefills, others' or this one's (see router/cost.py)
 
     @property
+    def fetch_ms(self) -> float:
+        return self.fetch.ms if self.fetch else 0.0
+
+    @property
+    def ready_tokens(self) -> int:
+        """Leading tokens that need not be computed."""
+        return self.cached_tokens + (self.fetch.tokens if self.fetch else 0)
+
+    @property
     def cost_ms(self) -> float:
-        return self.queue_ms + self.prefill_ms + self.transfer_ms + self.decode_ms + self.interference_ms
+        return sum(cost for _, cost in self._terms)
+
+    @property
+    def _terms(self) -> list[tuple[str, float]]:
+        return [
+            ("queue", self.queue_ms),
+            ("fetch", self.fetch_ms),
+            ("prefill", self.prefill_ms),
+            ("transfer", self.transfer_ms),
+            ("decode", self.decode_ms),
+            ("interference", self.interference_ms),
+        ]
 
     def __str__(self) -> str:
-        names = ("queue_ms", "prefill_ms", "transfer_ms", "decode_ms", "interference_ms")
-        terms = [f"{name[:-3]} {getattr(self, name):.1f}" for name in names if getattr(self, name)]
-        cached = f", {self.cached_tokens} tokens cached" if self.cached_tokens else ""
-        return f"{self.part} on {self.worker.id}: {self.cost_ms:.1f} ms ({' + '.join(terms)}{cached})"
+        notes = [" + ".join(f"{term} {cost:.1f}" for term, cost in self._terms if cost)]
+        if self.cached_tokens:
+            notes.append(f"{self.cached_tokens} tokens cached")
+        if self.fetch:
+            notes.append(f"{self.fetch.tokens} fetched from {self.fetch.source}")
+        return f"{self.part} on {self.worker.id}: {self.cost_ms:.1f} ms ({', '.join(notes)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +145,19 @@ class Route:
         return self._worker("decode") or self._worker("alone")
 
     @property
+    def fetch(self) -> Fetch | None:
+        """What the worker that computes the prompt fetches first."""
+        return self.chosen[0].fetch
+
+    @property
     def cost_ms(self) -> float:
         return sum(offer.cost_ms for offer in self.chosen)
 
     @property
     def expected_ttft_ms(self) -> float:
         """Time to first token: it leaves the worker that computes the prompt, before any transfer."""
-        return self.chosen[0].queue_ms + self.chosen[0].prefill_ms
+        first = self.chosen[0]
+        return first.queue_ms + first.fetch_ms + first.prefill_ms
 
     @property
     def reasons(self) -> list[str]:

@@ -129,11 +129,13 @@ class ClusterView:
         ]
 
     def _view(self, report: WorkerReport) -> WorkerView:
+        suspected = self._suspected_until.get(report.key, 0.0) > self._clock.now()
         return WorkerView(
             id=report.worker_id,
             prefills=report.prefills,
             decodes=report.decodes,
-            ready=report.state == "ready" and self._suspected_until.get(report.key, 0.0) <= self._clock.now(),
+            ready=report.state == "ready" and not suspected,
+            lends=not suspected,
             compatibility=msgspec.json.encode(report.compatibility).decode(),
             queued_prefill_tokens=report.queued_prefill_tokens,
             running=report.running,

@@ -59,7 +59,7 @@ class InFlight:
         return Sent(
             worker_id=offer.worker.id,
             at=self._clock.now(),
-            prefill_tokens=known_tokens - offer.cached_tokens if offer.part != "decode" else 0,
+            prefill_tokens=known_tokens - offer.ready_tokens if offer.part != "decode" else 0,
             sequences=int(offer.part != "prefill"),
             blocks=-(-known_tokens // offer.worker.block_size) + 1,
         )

@@ -41,6 +41,7 @@ def clusters(draw):
             f"w{number}",
             draw(st.sampled_from(["prefill", "decode", "both"])),
             ready=draw(st.sampled_from([True, True, True, False])),
+            lends=draw(st.sampled_from([True, True, True, False])),
             compatibility=draw(st.sampled_from(["old", "new"])),
             queued_prefill_tokens=draw(st.integers(0, 5_000)),
             running=draw(st.integers(0, 50)),
@@ -71,7 +72,8 @@ seeds = st.integers(0, 2**32)
 def legal_choices(request, cached, workers, options):
     """All that the rules allow, as lists of offers, written out without any search."""
     usable = [w for w in workers if w.ready and w.id not in request.excluded]
-    costs = CostModel.of(request, cached, usable, options)
+    lenders = [w for w in workers if w.lends and w.id not in request.excluded]
+    costs = CostModel.of(request, cached, usable, options, lenders)
 
     def roomy(some):
         return [
@@ -89,7 +91,10 @@ def legal_choices(request, cached, workers, options):
         if p.id != d.id and p.compatibility == d.compatibility
     ]
     limit = options.local_prefill_tokens_max if options.split == "auto" else -1
-    return pairs + [[costs.alone(d)] for d in decodes if not pairs or costs.uncached(d) <= limit]
+    alone = [costs.alone(d) for d in decodes]
+    return pairs + [
+        [offer] for offer in alone if not pairs or max(1, request.prompt_tokens - offer.ready_tokens) <= limit
+    ]
 
 
 class TestProperties:
@@ -130,6 +135,48 @@ class TestProperties:
     def test_a_seed_decides(self, request, cached, workers, options, seed):
         first, second = (route(request, cached, workers, options, random.Random(seed)) for _ in range(2))
         assert first == second
+
+    @given(requests, cached_tokens, clusters(), options, seeds)
+    def test_no_offer_fetches_from_a_worker_that_it_cannot_read(
+        self, request, cached, workers, options, seed
+    ):
+        chosen = route(request, cached, workers, options, random.Random(seed))
+        assume(chosen is not None)
+        views = {view.id: view for view in workers}
+        for offer in chosen.considered:
+            if offer.fetch is None:
+                continue
+            source = views[offer.fetch.source]
+            assert offer.part != "decode"
+            assert source.id != offer.worker.id
+            assert source.lends
+            assert source.id not in request.excluded
+            assert source.compatibility == offer.worker.compatibility
+
+    @given(requests, cached_tokens, clusters(), options, seeds)
+    def test_a_fetch_is_whole_blocks_that_the_source_has_and_leaves_a_token_to_compute(
+        self, request, cached, workers, options, seed
+    ):
+        cached = {name: tokens // 16 * 16 for name, tokens in cached.items()}
+        chosen = route(request, cached, workers, options, random.Random(seed))
+        assume(chosen is not None)
+        for offer in chosen.considered:
+            if fetch := offer.fetch:
+                assert fetch.tokens >= options.fetch_blocks_min * 16
+                assert fetch.tokens % 16 == 0
+                assert offer.ready_tokens <= cached[fetch.source]
+                assert offer.ready_tokens < request.prompt_tokens
+
+    @given(requests, cached_tokens, clusters(), options, seeds)
+    def test_fetching_never_makes_the_best_route_worse(self, request, cached, workers, options, seed):
+        options = replace(options, near_tie=0.0)
+        having, lacking = (
+            route(request, cached, workers, replace(options, fetch=fetch), random.Random(seed))
+            for fetch in (True, False)
+        )
+        assert (having is None) == (lacking is None)
+        assume(having is not None)
+        assert having.cost_ms <= lacking.cost_ms
 
     @given(requests, cached_tokens, clusters(), options, st.data())
     def test_more_load_never_makes_a_worker_more_attractive(self, request, cached, workers, options, data):
@@ -212,6 +259,78 @@ class TestSplit:
         assert places(choose(workers)) == ("b", "a")
 
 
+class TestFetch:
+    def test_a_cold_prefill_worker_fetches_instead_of_queueing_at_the_warm_one(self):
+        workers = [
+            worker("warm", "prefill", queued_prefill_tokens=1_000),
+            worker("cold", "prefill"),
+            worker("d", "decode"),
+        ]
+        chosen = choose(workers, cached={"warm": 400})
+        assert (chosen.prefill, chosen.fetch.source, chosen.fetch.tokens) == ("cold", "warm", 400)
+        assert chosen.expected_ttft_ms == (20 + 400 * 0.05) + 100
+
+    def test_the_prefill_worker_fetches_the_last_turns_from_the_decode_worker(self):
+        workers = [worker("p", "prefill"), worker("d", "decode")]
+        chosen = choose(workers, prompt=500, cached={"d": 320, "p": 64})
+        assert places(chosen) == ("p", "d")
+        assert (chosen.fetch.source, chosen.fetch.tokens) == ("d", 256)
+        assert choose(workers, prompt=500, cached={"d": 64, "p": 320}).fetch is None
+
+    def test_a_decode_worker_that_can_fetch_all_but_a_little_does_the_rest_alone(self):
+        workers = [
+            worker("p", "prefill", queued_prefill_tokens=5_000),
+            worker("d1", "decode", waiting=100),
+            worker("d2", "decode"),
+        ]
+        chosen = choose(workers, prompt=500, cached={"d1": 480})
+        assert (places(chosen), chosen.fetch.source) == ((None, "d2"), "d1")
+
+    def test_few_blocks_are_not_worth_a_fetch(self):
+        workers = [worker("p", "prefill", prefill_ms_per_token=100.0), worker("d", "decode", running=9)]
+        assert choose(workers, prompt=500, cached={"d": 63}).fetch is None
+        assert choose(workers, prompt=500, cached={"d": 64}).fetch.tokens == 64
+
+    def test_a_fast_model_computes_rather_than_fetches(self):
+        def cluster(ms_per_token):
+            return [worker("p", "prefill", prefill_ms_per_token=ms_per_token), worker("d", "decode")]
+
+        # 400 tokens arrive in 40 ms, which is three quarters of 400 * 0.1333 ms.
+        assert choose(cluster(0.14), cached={"d": 400}).fetch is not None
+        assert choose(cluster(0.13), cached={"d": 400}).fetch is None
+
+    def test_the_last_token_of_a_prompt_is_never_fetched(self):
+        workers = [worker("p", "prefill"), worker("d", "decode", running=9)]
+        options = replace(EXACT, split="always")
+        assert choose(workers, prompt=496, cached={"d": 496}, options=options).fetch.tokens == 480
+        assert choose(workers, prompt=497, cached={"d": 496}, options=options).fetch.tokens == 496
+
+    def test_a_draining_worker_lends_and_a_suspected_one_does_not(self):
+        def cluster(lends):
+            return [
+                worker("gone", "prefill", ready=False, lends=lends),
+                worker("p", "prefill"),
+                worker("d", "decode"),
+            ]
+
+        assert choose(cluster(True), cached={"gone": 400}).fetch.source == "gone"
+        assert choose(cluster(False), cached={"gone": 400}).fetch is None
+
+    def test_of_two_equal_sources_the_idler_lends(self):
+        workers = [
+            worker("busy", "prefill", queued_prefill_tokens=900),
+            worker("idle", "prefill", queued_prefill_tokens=800),
+            worker("p", "prefill"),
+            worker("d", "decode"),
+        ]
+        assert choose(workers, cached={"busy": 400, "idle": 400}).fetch.source == "idle"
+
+    def test_a_single_token_may_be_fetched_for_too(self):
+        workers = [worker("p", "prefill"), worker("d", "decode")]
+        chosen = choose(workers, max_tokens=1, cached={"d": 400})
+        assert (places(chosen), chosen.fetch.source) == (("p", None), "d")
+
+
 class TestChoice:
     def test_a_cached_prefix_attracts_until_the_queue_is_longer_than_the_work_it_saves(self):
         def cluster(queued):
@@ -221,14 +340,16 @@ class TestChoice:
                 worker("d", "decode"),
             ]
 
-        assert choose(cluster(399), cached={"warm": 400}).prefill == "warm"
-        assert choose(cluster(401), cached={"warm": 400}).prefill == "cold"
+        alone = replace(EXACT, fetch=False)
+        assert choose(cluster(399), cached={"warm": 400}, options=alone).prefill == "warm"
+        assert choose(cluster(401), cached={"warm": 400}, options=alone).prefill == "cold"
 
     def test_a_decode_worker_that_has_the_prefix_is_preferred(self):
         workers = [worker("p", "prefill"), worker("d1", "decode"), worker("d2", "decode")]
         chosen = choose(workers, cached={"d2": 160, "p": 320})
         assert places(chosen) == ("p", "d2")
         assert [offer.cached_tokens for offer in chosen.chosen] == [320, 160]
+        assert chosen.fetch is None
 
     def test_a_decode_worker_without_room_is_left_out_while_another_has_it(self):
         workers = [
@@ -292,6 +413,13 @@ class TestChoice:
         workers = [worker(f"w{n}") for n in range(3)]
         pairs = Counter(places(route(request, {}, workers, RouteOptions(), rng)) for _ in range(300))
         assert len(pairs) == 6
+
+    def test_reasons_show_the_numbers_of_a_fetch(self):
+        workers = [worker("p", "prefill"), worker("d", "decode", running=5)]
+        first, *_ = choose(workers, prompt=500, cached={"d": 400, "p": 80}).reasons
+        assert first == (
+            "* prefill on p: 136.0 ms (fetch 36.0 + prefill 100.0, 80 tokens cached, 320 fetched from d)"
+        )
 
     def test_reasons_show_the_numbers(self):
         workers = [worker("p", "prefill", queued_prefill_tokens=70), worker("d", "decode")]
