@@ -28,15 +28,21 @@ class Compatibility(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: str = "float32"
     block_size: int = 16  # tokens
     layout: str  # e.g. "block-major/30x2x3x64": layers x (k,v) x kv heads x head dim
-    wire_version: int = 1
+    wire_version: int = 2
 
     def differences(self, other: "Compatibility") -> list[str]:
-        """'name: ours != theirs' for every field that differs."""
+        """'name: ours != theirs' for every field that keeps KV from moving between the two. Block sizes
+        may differ: the receiver re-cuts."""
         return [
             f"{name}: {getattr(self, name)} != {getattr(other, name)}"
             for name in self.__struct_fields__
-            if getattr(self, name) != getattr(other, name)
+            if name != "block_size" and getattr(self, name) != getattr(other, name)
         ]
+
+    @property
+    def transferable(self) -> "Compatibility":
+        """The same for all workers that KV may move between."""
+        return msgspec.structs.replace(self, block_size=0)
 
 
 def chain_root(compatibility: Compatibility, salt: str = "") -> bytes:

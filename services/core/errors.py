@@ -9,7 +9,9 @@
     ├── StoreUnavailable    Redis does not answer; index and membership are blind for now
     ├── PullerLost          the decode side of a KV transfer never came
     ├── KvSourceLost        the prefill side of a KV transfer died or refused
+    ├── KvLinkLost          the connection to the prefill side broke in a KV transfer
     ├── KvCorrupt           a KV payload failed its checksum
+    ├── KvStale             a KV block was reused while a transfer still read it
     ├── LeaseExpired        the KV was read after its lease had ended
     ├── Incompatible        two workers disagree on model, layout or wire version
     ├── DeadlineExceeded    the request's time is over
@@ -72,7 +74,15 @@ class KvSourceLost(DiptychError):
     pass
 
 
+class KvLinkLost(DiptychError):
+    pass
+
+
 class KvCorrupt(DiptychError):
+    pass
+
+
+class KvStale(DiptychError):
     pass
 
 
@@ -123,7 +133,9 @@ FACTS: dict[type[DiptychError], Facts] = {
     StoreUnavailable: Facts(503, "UNAVAILABLE", True, "store_unavailable"),
     PullerLost: Facts(503, "ABORTED", True, "puller_lost"),
     KvSourceLost: Facts(503, "ABORTED", True, "kv_source_lost"),
+    KvLinkLost: Facts(503, "ABORTED", True, "kv_link_lost"),
     KvCorrupt: Facts(503, "DATA_LOSS", True, "kv_corrupt"),
+    KvStale: Facts(503, "ABORTED", True, "kv_stale"),
     LeaseExpired: Facts(503, "ABORTED", True, "lease_expired"),
     Incompatible: Facts(500, "FAILED_PRECONDITION", False, "incompatible"),
     DeadlineExceeded: Facts(504, "DEADLINE_EXCEEDED", False, "deadline_exceeded"),

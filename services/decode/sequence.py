@@ -17,9 +17,10 @@ from services.core.clock import Clock
 from services.core.errors import DiptychError, EngineFailed, Overloaded, facts, from_label
 from services.engine.handle import EngineHandle, Event
 from services.engine.messages import Admitted, Advanced, Landed, Refused, Revoked, Start, Submit, Token
+from services.transfer.destination import Destination
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import KvSource, KvTransport
-from services.transfer.receive import Destination, Received, receive_kv
+from services.transfer.receive import Received, ReceiveObserver, receive_kv
 from services.wire.convert import sampled_to_wire
 from services.wire.generated import worker_pb2
 
@@ -40,6 +41,7 @@ class DecodeParts:
     clock: Clock
     on_received: Callable[[Received], None]
     on_failed: Callable[[DiptychError], None]
+    on_pull_broke: Callable[[DiptychError], None]
 
 
 class DecodeSequence:
@@ -119,7 +121,10 @@ class DecodeSequence:
             seq_id,
             Destination(self._parts.memory, admitted.block_ids, tokens, admitted.cached_tokens),
             self._parts.clock,
-            landed=lambda position: engine.send(Landed(seq_id, position)),
+            ReceiveObserver(
+                landed=lambda tokens, proven: engine.send(Landed(seq_id, tokens, proven)),
+                broke=self._parts.on_pull_broke,
+            ),
         )
 
     def _received(self, admitted: Admitted, task: "asyncio.Task[Received]") -> None:

@@ -16,12 +16,18 @@ the second's descendants, those cannot be matched until they are evicted too: wa
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
+from typing import TypeAlias
+
+Generations: TypeAlias = MutableSequence[int] | memoryview
 
 
 class BlockPool:
-    def __init__(self, blocks: int, block_size: int) -> None:
+    def __init__(self, blocks: int, block_size: int, generations: Generations | None = None) -> None:
+        """`generations[block]` is raised whenever a block is handed out for new content, so that a
+        reader in another process sees that what it reads is no longer what it was."""
         self.blocks = blocks
+        self._generations = [0] * blocks if generations is None else generations
         self.block_size = block_size
         self._free: deque[int] = deque(range(blocks))
         self._references = [0] * blocks
@@ -67,6 +73,7 @@ class BlockPool:
         taken = [self._free.popleft() if self._free else self._evict_oldest() for _ in range(count)]
         for block in taken:
             self._references[block] = 1
+            self._generations[block] += 1
         return taken
 
     def acquire(self, blocks: Sequence[int]) -> None:

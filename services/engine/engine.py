@@ -9,20 +9,18 @@ process, socket or thread: `services.engine.process` drives it in production, te
 from collections.abc import Callable
 from functools import lru_cache
 
-from services.core.block_hash import Compatibility, chain_hashes, chain_root
+from services.core.block_hash import Compatibility, chain_root
 from services.core.clock import Clock
-from services.core.errors import FACTS, DiptychError, KvSourceLost, Overloaded
-from services.engine.block_pool import BlockPool
+from services.core.errors import FACTS, DiptychError, Overloaded
+from services.engine.block_pool import BlockPool, Generations
 from services.engine.messages import (
     Admitted,
     Advanced,
     Command,
     Drop,
     DropChoice,
-    Fetched,
     Gauges,
     Landed,
-    Lend,
     Limits,
     Ping,
     Refused,
@@ -39,19 +37,24 @@ from services.engine.sequence import Sequence, State
 from services.engine.step_times import StepTimes
 
 _RESERVED = (State.RECEIVING, State.REVOKED)
-_WRITTEN = (*_RESERVED, State.FETCHING)  # KV may be on its way into the blocks
 
 
 class Engine:
     def __init__(
-        self, runner: ModelRunner, compatibility: Compatibility, blocks: int, limits: Limits, clock: Clock
+        self,
+        runner: ModelRunner,
+        compatibility: Compatibility,
+        blocks: int,
+        limits: Limits,
+        clock: Clock,
+        generations: Generations | None = None,
     ) -> None:
+        """`generations`: one per block, in memory that readers of the KV pool see (see BlockPool)."""
         self._runner = runner
         self._clock = clock
-        self._pool = BlockPool(blocks, compatibility.block_size)
+        self._pool = BlockPool(blocks, compatibility.block_size, generations)
         self._scheduler = Scheduler(self._pool, limits)
         self._sequences: dict[str, list[Sequence]] = {}  # several: choices that have forked
-        self._loans: dict[str, list[int]] = {}  # cached blocks that are kept for readers elsewhere
         self._times = StepTimes()
         self._root: Callable[[str], bytes] = lru_cache(1024)(lambda salt: chain_root(compatibility, salt))
         self._prompt_tokens = 0
@@ -71,12 +74,8 @@ class Engine:
         match command:
             case Submit():
                 self._submit(command)
-            case Lend():
-                self._lend(command)
             case Landed():
                 self._landed(command)
-            case Fetched():
-                self._fetched(command)
             case Start():
                 self._start(command)
             case Drop():
@@ -120,8 +119,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Prove that every block has exactly one kind of owner; for idle moments and tests."""
-        sequences = [one.blocks for group in self._sequences.values() for one in group]
-        self._pool.check_integrity([*sequences, *self._loans.values()])
+        self._pool.check_integrity(one.blocks for group in self._sequences.values() for one in group)
 
     # Commands
 
@@ -147,34 +145,12 @@ class Engine:
             return Overloaded("the worker's queue is full")
         return None
 
-    def _lend(self, command: Lend) -> None:
-        assert command.seq_id not in self._loans, f"loan {command.seq_id} asked for twice"
-        size = self._pool.block_size
-        blocks = self._pool.match(chain_hashes(command.token_ids, size, self._root(command.salt)))
-        if not blocks:
-            gone = KvSourceLost("the prefix is no longer cached here")
-            self._refused.append(Refused(command.seq_id, FACTS[type(gone)].label, gone.message))
-            return
-        self._pool.acquire(blocks)
-        self._loans[command.seq_id] = blocks
-        self._admitted.append(Admitted(command.seq_id, list(blocks), len(blocks) * size, 0.0))
-
     def _landed(self, command: Landed) -> None:
         if group := self._sequences.get(command.seq_id):
             (sequence,) = group
-            if sequence.state is State.FETCHING:
-                sequence.computed = max(sequence.computed, command.tokens)
-                sequence.seal(self._pool)
-                return
             assert sequence.state in _RESERVED, "KV landed for a sequence that expects none"
             sequence.computed = max(sequence.computed, command.tokens)
-
-    def _fetched(self, command: Fetched) -> None:
-        if group := self._sequences.get(command.seq_id):
-            (sequence,) = group
-            assert sequence.state is State.FETCHING, "nothing was fetched for this sequence"
-            sequence.fetch_tokens = 0
-            sequence.state = State.RUNNING
+            sequence.seal(self._pool, command.proven)
 
     def _start(self, command: Start) -> None:
         group = self._sequences.get(command.seq_id)
@@ -183,14 +159,13 @@ class Engine:
         (sequence,) = group
         assert sequence.state in _RESERVED, "started twice"
         assert sequence.computed == sequence.known, "started before all KV had landed"
-        sequence.seal(self._pool)
+        sequence.seal(self._pool, sequence.computed)
         sequence.state = State.RUNNING
         self._go_on(sequence, command.tokens)
 
     def _drop(self, command: Drop) -> None:
         for sequence in self._sequences.pop(command.seq_id, []):
             self._scheduler.remove(sequence)
-        self._pool.release(self._loans.pop(command.seq_id, []))
         self._dropped.append(command.seq_id)
 
     def _drop_choice(self, command: DropChoice) -> None:
@@ -198,7 +173,7 @@ class Engine:
             if command.choice in sequence.choices:
                 sequence.choices.remove(command.choice)
                 if not sequence.choices:
-                    assert sequence.state not in _WRITTEN, "KV may be on its way into the blocks"
+                    assert sequence.state not in _RESERVED, "KV may be on its way into the blocks"
                     self._remove(sequence)
 
     # Results of a step
@@ -206,7 +181,7 @@ class Engine:
     def _commit(self, chunk: Chunk, tokens: list[int]) -> None:
         sequence = chunk.sequence
         sequence.computed += chunk.tokens
-        sequence.seal(self._pool)
+        sequence.seal(self._pool, sequence.computed)
         if sequence.kind == "prefill":
             self._advanced.append(Advanced(sequence.seq_id, sequence.computed, list(sequence.blocks)))
         if tokens:
@@ -265,10 +240,7 @@ class Engine:
         self._prompt_tokens += sequence.known
         self._prefix_hit_tokens += sequence.computed
         queue_ms = (self._clock.now() - sequence.arrived_s) * 1e3
-        waits_for = sequence.fetch_tokens if sequence.state is State.FETCHING else 0
-        self._admitted.append(
-            Admitted(sequence.seq_id, list(sequence.blocks), sequence.computed, queue_ms, waits_for)
-        )
+        self._admitted.append(Admitted(sequence.seq_id, list(sequence.blocks), sequence.computed, queue_ms))
 
     def _collect_admitted(self) -> None:
         for sequence in self._scheduler.newly_running:
@@ -298,9 +270,7 @@ class Engine:
             running=len(self._scheduler.admitted),
             waiting=len(self._scheduler.waiting),
             queued_prefill_tokens=sum(
-                s.to_compute
-                for s in sequences
-                if s.state in (State.WAITING, State.FETCHING, State.RUNNING) and not s.decoding
+                s.remaining for s in sequences if s.state in (State.WAITING, State.RUNNING) and not s.decoding
             ),
             prefill_ms_per_token=self._times.prefill_ms_per_token,
             decode_step_ms=self._times.decode_step_ms,

@@ -27,7 +27,6 @@ from services.engine.messages import (
     EngineReady,
     EngineSetup,
     Gauges,
-    Lend,
     Ping,
     Refused,
     Report,
@@ -65,8 +64,8 @@ class EngineHandle:
         """Start the process and wait until it has loaded the model. Raises ModelFileError or EngineFailed."""
         ours, theirs = socket.socketpair()
         pool_fd = os.memfd_create("diptych-kv")  # anonymous: no name to leak, no /dev/shm size limit
-        os.ftruncate(pool_fd, setup.geometry.bytes)
-        self.pool = memoryview(mmap.mmap(pool_fd, setup.geometry.bytes))
+        os.ftruncate(pool_fd, setup.geometry.shared_bytes)
+        self.pool = memoryview(mmap.mmap(pool_fd, setup.geometry.shared_bytes))
         self._chunk_tokens_max = setup.limits.chunk_tokens_max
         fds = (theirs.fileno(), pool_fd)
         command = [sys.executable, "-m", "services.engine.process", *map(str, fds)]
@@ -84,7 +83,7 @@ class EngineHandle:
     def sequences(self) -> int:
         return len(self._listeners)
 
-    def submit(self, submit: Submit | Lend, listener: Listener) -> None:
+    def submit(self, submit: Submit, listener: Listener) -> None:
         """Hand a sequence to the engine. Raises Overloaded beyond the bound, EngineFailed if it is gone,
         BadRequest if the sequence is here already."""
         if self.failed.is_set():

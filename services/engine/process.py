@@ -30,7 +30,7 @@ def main() -> None:
     _ignore_terminal_signals()
     pipe = EnginePipe(socket.socket(fileno=int(sys.argv[1])))
     setup = msgspec.msgpack.decode(pipe.receive_one(), type=EngineSetup)
-    pool = memoryview(mmap.mmap(int(sys.argv[2]), setup.geometry.bytes))
+    pool = memoryview(mmap.mmap(int(sys.argv[2]), setup.geometry.shared_bytes))
     try:
         engine = _build(setup, pool)
     except DiptychError as error:
@@ -69,9 +69,20 @@ def _build(setup: EngineSetup, pool: memoryview) -> Engine:
     from services.model.files import open_model
 
     runner = TorchRunner(
-        open_model(Path(setup.model)), setup.geometry, pool, threads=setup.threads, device=setup.device
+        open_model(Path(setup.model)),
+        setup.geometry,
+        pool[: setup.geometry.bytes],
+        threads=setup.threads,
+        device=setup.device,
     )
-    return Engine(runner, setup.compatibility, setup.geometry.blocks, setup.limits, SystemClock())
+    return Engine(
+        runner,
+        setup.compatibility,
+        setup.geometry.blocks,
+        setup.limits,
+        SystemClock(),
+        setup.geometry.generations(pool),
+    )
 
 
 def _ignore_terminal_signals() -> None:

@@ -26,12 +26,11 @@ from services.engine.runner import Sample
 
 
 class State(Enum):
-    """local:    WAITING (-> FETCHING) -> RUNNING (-> WAITING when preempted)
-    prefill:  WAITING (-> FETCHING) -> RUNNING -> HELD
+    """local:    WAITING -> RUNNING (-> WAITING when preempted)
+    prefill:  WAITING -> RUNNING -> HELD
     receive:  WAITING -> RECEIVING (-> REVOKED) -> RUNNING, then as local"""
 
     WAITING = auto()  # owns no block
-    FETCHING = auto()  # KV of its prefix is on its way into its blocks
     RECEIVING = auto()  # its blocks are reserved, KV is on its way
     REVOKED = auto()  # its reservation was asked back; the blocks stay until it is dropped
     RUNNING = auto()
@@ -50,7 +49,6 @@ class Sequence:
         self.arrived_s = arrived_s
         self.state = State.WAITING
         self.computed = 0
-        self.fetch_tokens = submit.fetch_tokens  # what another worker has, until that is fetched or cached
         self.blocks: list[int] = []
         self.reported = False  # its admission was reported
         self._root = root
@@ -65,11 +63,6 @@ class Sequence:
     def remaining(self) -> int:
         """Known tokens that still have to be computed."""
         return len(self.tokens) - self.computed
-
-    @property
-    def to_compute(self) -> int:
-        """Of the remaining tokens those that are not expected from another worker."""
-        return len(self.tokens) - max(self.computed, self.fetch_tokens)
 
     @property
     def decoding(self) -> bool:
@@ -113,9 +106,9 @@ class Sequence:
         fork._hashes = list(self._hashes)
         return fork
 
-    def seal(self, pool: BlockPool) -> None:
-        """Give every block that is full of computed tokens its hash."""
-        full = self.computed // pool.block_size
+    def seal(self, pool: BlockPool, proven: int) -> None:
+        """Give every block that is full of the leading `proven` tokens its hash."""
+        full = proven // pool.block_size
         if full > self._sealed:
             hashes = self.hashes(pool.block_size)
             for index in range(self._sealed, full):

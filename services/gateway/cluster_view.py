@@ -136,7 +136,7 @@ class ClusterView:
             decodes=report.decodes,
             ready=report.state == "ready" and not suspected,
             lends=not suspected,
-            compatibility=msgspec.json.encode(report.compatibility).decode(),
+            compatibility=msgspec.json.encode(report.compatibility.transferable).decode(),
             queued_prefill_tokens=report.queued_prefill_tokens,
             running=report.running,
             waiting=report.waiting,

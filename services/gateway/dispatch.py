@@ -12,7 +12,9 @@ from services.core.errors import (
     DiptychError,
     EngineFailed,
     KvCorrupt,
+    KvLinkLost,
     KvSourceLost,
+    KvStale,
     LeaseExpired,
     PullerLost,
 )
@@ -21,7 +23,7 @@ from services.gateway.generation import AttemptFailed, Routed, WorkerEvent
 from services.gateway.worker_client import Sequence, WorkerClient
 
 # Errors that a decode worker reports about the prefill worker it pulls from.
-_SOURCE_ERRORS = (KvSourceLost, KvCorrupt, LeaseExpired)
+_SOURCE_ERRORS = (KvSourceLost, KvLinkLost, KvCorrupt, KvStale, LeaseExpired)
 
 Inbox = asyncio.Queue[WorkerEvent | AttemptFailed | Exception]
 

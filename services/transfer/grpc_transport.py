@@ -2,17 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import google_crc32c
 import grpc.aio
 
 from services.core.block_hash import Compatibility
-from services.core.errors import DiptychError, KvCorrupt, KvSourceLost, WorkerLost
-from services.transfer.protocol import FirstToken, KvChunk, KvSource
+from services.core.errors import DiptychError, KvCorrupt, KvLinkLost, KvSourceLost, WorkerLost
+from services.transfer.destination import Destination
+from services.transfer.inline import place_inline
+from services.transfer.protocol import Arrived, FirstToken, KvChunk, KvHeader, KvSource, PullOrder
 from services.transfer.server import KvServer
-from services.wire.channel import TCP, Network, abort, from_rpc_error
+from services.wire.channel import TCP, Network, abort, carries_error, from_rpc_error
 from services.wire.convert import (
     compatibility_from_wire,
     compatibility_to_wire,
@@ -41,19 +43,27 @@ class GrpcKvTransport:
         self._abandoning: set[asyncio.Task[None]] = set()
 
     async def pull(
-        self, source: KvSource, transfer_id: str, first_token: int
-    ) -> AsyncGenerator[KvChunk, None]:
+        self, source: KvSource, transfer_id: str, destination: Destination, first_token: int
+    ) -> AsyncGenerator[Arrived, None]:
         request = transfer_pb2.PullRequest(
             transfer_id=transfer_id,
             first_token=first_token,
             epoch=source.epoch,
             compatibility=self._compatibility,
         )
+        placing = place_inline(self._messages(source, request), destination, first_token)
+        async with aclosing(placing) as arriving:
+            async for arrived in arriving:
+                yield arrived
+
+    async def _messages(
+        self, source: KvSource, request: transfer_pb2.PullRequest
+    ) -> AsyncGenerator[KvHeader | KvChunk, None]:
         async with self._calling(source) as stub:
             call = stub.Pull(request)
             try:
                 async for message in call:
-                    yield _chunk_from_wire(message, source)
+                    yield _message_from_wire(message, source)
             finally:
                 call.cancel()
 
@@ -108,21 +118,20 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
     async def Pull(
         self,
         request: transfer_pb2.PullRequest,
-        context: "grpc.aio.ServicerContext[transfer_pb2.PullRequest, transfer_pb2.KvChunk]",
-    ) -> AsyncIterator[transfer_pb2.KvChunk]:
-        chunks = self._server.pull(
-            request.transfer_id,
-            request.first_token,
-            request.epoch,
-            compatibility_from_wire(request.compatibility),
+        context: "grpc.aio.ServicerContext[transfer_pb2.PullRequest, transfer_pb2.KvMessage]",
+    ) -> AsyncIterator[transfer_pb2.KvMessage]:
+        order = PullOrder(
+            transfer_id=request.transfer_id,
+            first_token=request.first_token,
+            epoch=request.epoch,
+            compatibility=compatibility_from_wire(request.compatibility),
         )
         try:
-            async for chunk in chunks:
-                yield _chunk_to_wire(chunk)
+            async with aclosing(self._server.pull(order)) as messages:
+                async for message in messages:
+                    yield _message_to_wire(message)
         except DiptychError as error:
             await abort(context, error)
-        finally:
-            await chunks.aclose()
 
     async def Release(
         self,
@@ -130,6 +139,18 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
         context: "grpc.aio.ServicerContext[transfer_pb2.ReleaseRequest, transfer_pb2.ReleaseReply]",
     ) -> transfer_pb2.ReleaseReply:
         return transfer_pb2.ReleaseReply(valid=self._server.release(request.transfer_id, request.epoch))
+
+
+def _message_to_wire(message: KvHeader | KvChunk) -> transfer_pb2.KvMessage:
+    if isinstance(message, KvHeader):
+        return transfer_pb2.KvMessage(header=transfer_pb2.KvHeader(block_size=message.block_size))
+    return transfer_pb2.KvMessage(chunk=_chunk_to_wire(message))
+
+
+def _message_from_wire(message: transfer_pb2.KvMessage, source: KvSource) -> KvHeader | KvChunk:
+    if message.HasField("header"):
+        return KvHeader(message.header.block_size)
+    return _chunk_from_wire(message.chunk, source)
 
 
 def _chunk_to_wire(chunk: KvChunk) -> transfer_pb2.KvChunk:
@@ -157,5 +178,8 @@ def _chunk_from_wire(message: transfer_pb2.KvChunk, source: KvSource) -> KvChunk
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError:
+    """What the source said, or that nothing was heard of it."""
+    if not carries_error(error):
+        return KvLinkLost(from_rpc_error(error, source.worker_id).message)
     known = from_rpc_error(error, source.worker_id)
     return KvSourceLost(known.message) if isinstance(known, WorkerLost) else known

@@ -3,6 +3,7 @@
 A lease is open from the prefill's start until exactly one of
 
     released   the puller has read everything and says so: the only end that makes the KV valid
+    stale      a block was reused under it (by its generation): a fault of ours, found before harm
     expired    nobody held it for the time to live
     failed     the prefill was cancelled or broke
 
@@ -17,17 +18,19 @@ from contextlib import contextmanager
 from typing import Literal
 
 from services.core.clock import Clock
-from services.core.errors import DiptychError, KvSourceLost, Overloaded, WorkerLost
+from services.core.errors import DiptychError, KvSourceLost, KvStale, Overloaded, WorkerLost
 from services.transfer.protocol import FirstToken
 
-LeaseEnd = Literal["released", "expired", "failed"]
+LeaseEnd = Literal["released", "stale", "expired", "failed"]
 
 
 class Lease:
     """One transfer's view of its prefill: what may be read, and what came out."""
 
-    def __init__(self, transfer_id: str, tokens: int) -> None:
+    def __init__(self, transfer_id: str, tokens: int, generation: Callable[[int], int]) -> None:
         self.transfer_id = transfer_id
+        self._generation = generation
+        self._generations: list[int] = []  # of block_ids, when each was given to the lease
         self.tokens = tokens  # of the prompt (with what earlier attempts delivered)
         self.block_ids: list[int] = []
         self.computed = 0  # the KV of all tokens before this may be read
@@ -42,15 +45,20 @@ class Lease:
         self._changed = asyncio.Event()
 
     def admitted(self, block_ids: list[int], cached_tokens: int, queue_ms: float) -> None:
-        self.block_ids = block_ids
+        self._give(block_ids)
         self.cached_tokens = self.computed = cached_tokens
         self.queue_ms = queue_ms
         self._notify()
 
     def advanced(self, computed: int, block_ids: list[int]) -> None:
         self.computed = computed
-        self.block_ids = block_ids
+        self._give(block_ids)
         self._notify()
+
+    def unchanged(self, blocks: slice = slice(None)) -> bool:
+        """Whether these of its blocks still hold what they held when the lease got them."""
+        now = [self._generation(block) for block in self.block_ids[blocks]]
+        return now == self._generations[blocks]
 
     def finished(self, first: FirstToken, at_s: float) -> None:
         self.first = first
@@ -72,6 +80,11 @@ class Lease:
                 raise self.error
             await self._changed.wait()
 
+    def _give(self, block_ids: list[int]) -> None:
+        new = block_ids[len(self.block_ids) :]
+        self._generations += [self._generation(block) for block in new]
+        self.block_ids = block_ids
+
     def _notify(self) -> None:
         """Wake everyone who waits now; later waiters wait for the next change."""
         self._changed.set()
@@ -79,8 +92,16 @@ class Lease:
 
 
 class LeaseTable:
-    def __init__(self, clock: Clock, ttl_s: float, on_end: Callable[[str, LeaseEnd], None]) -> None:
-        """`on_end(transfer_id, how)` is called once for every lease, when its blocks may be reused."""
+    def __init__(
+        self,
+        clock: Clock,
+        ttl_s: float,
+        on_end: Callable[[str, LeaseEnd], None],
+        generation: Callable[[int], int] = lambda block: 0,
+    ) -> None:
+        """`on_end(transfer_id, how)` is called once for every lease, when its blocks may be reused.
+        `generation(block)` changes whenever a block is reused (PoolMemory.generation)."""
+        self._generation = generation
         self._clock = clock
         self._ttl_s = ttl_s
         self._on_end = on_end
@@ -93,7 +114,7 @@ class LeaseTable:
 
     def open(self, transfer_id: str, tokens: int) -> Lease:
         assert transfer_id not in self._leases, f"transfer {transfer_id} opened twice"
-        lease = self._leases[transfer_id] = Lease(transfer_id, tokens)
+        lease = self._leases[transfer_id] = Lease(transfer_id, tokens, self._generation)
         lease.expires_at_s = self._clock.now() + self._ttl_s
         for waiter in self._parked.pop(transfer_id, []):
             if not waiter.done():
@@ -141,8 +162,17 @@ class LeaseTable:
         if lease.first is None:
             self.fail(lease, Overloaded("the decode worker gave the transfer up"))
             return False
+        if not lease.unchanged():
+            self.end_stale(lease)
+            return False
         self._end(lease, "released")
         return True
+
+    def end_stale(self, lease: Lease) -> None:
+        """A block of the lease was reused: nothing that was read under it is valid."""
+        if lease.transfer_id in self._leases:
+            self._end(lease, "stale")
+            lease.failed(KvStale(f"a KV block of transfer {lease.transfer_id} was reused under its lease"))
 
     def fail(self, lease: Lease, error: DiptychError) -> None:
         """The prefill broke: wake everyone with `error` and free the blocks. Harmless if it has ended."""

@@ -1,10 +1,13 @@
 """The in-memory twin of KvTransport: servers of the same process, by address."""
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 
 from services.core.block_hash import Compatibility
 from services.core.errors import KvSourceLost
-from services.transfer.protocol import KvChunk, KvSource
+from services.transfer.destination import Destination
+from services.transfer.inline import place_inline
+from services.transfer.protocol import Arrived, KvSource, PullOrder
 from services.transfer.server import KvServer
 
 
@@ -14,14 +17,18 @@ class MemoryKvTransport:
         self._compatibility = compatibility
 
     async def pull(
-        self, source: KvSource, transfer_id: str, first_token: int
-    ) -> AsyncGenerator[KvChunk, None]:
-        chunks = self._server(source).pull(transfer_id, first_token, source.epoch, self._compatibility)
-        try:
-            async for chunk in chunks:
-                yield chunk
-        finally:
-            await chunks.aclose()
+        self, source: KvSource, transfer_id: str, destination: Destination, first_token: int
+    ) -> AsyncGenerator[Arrived, None]:
+        order = PullOrder(
+            transfer_id=transfer_id,
+            first_token=first_token,
+            epoch=source.epoch,
+            compatibility=self._compatibility,
+        )
+        placing = place_inline(self._server(source).pull(order), destination, first_token)
+        async with aclosing(placing) as arriving:
+            async for arrived in arriving:
+                yield arrived
 
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         return self._server(source).release(transfer_id, source.epoch)

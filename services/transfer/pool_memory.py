@@ -2,25 +2,63 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from services.model.pool_geometry import PoolGeometry
 
 
 class PoolMemory:
     def __init__(self, geometry: PoolGeometry, memory: memoryview) -> None:
-        assert memory.nbytes >= geometry.bytes, "the memory is smaller than the pool"
+        """`memory` is what the worker's two processes share: the pool and the blocks' generations."""
+        assert memory.nbytes >= geometry.shared_bytes, "the memory is smaller than the pool"
+        self.geometry = geometry
         self.block_size = geometry.block_size
         self.block_bytes = geometry.block_bytes
         self._memory = memory
+        self._generations = geometry.generations(memory)
+
+    def generation(self, block: int) -> int:
+        """Raised by the engine whenever the block is handed out for new content."""
+        return self._generations[block]
 
     def read(self, blocks: Sequence[int]) -> bytes:
         """A copy of whole blocks, one after the other."""
         size = self.block_bytes
         return b"".join(self._memory[block * size : (block + 1) * size] for block in blocks)
 
-    def write(self, blocks: Sequence[int], payload: bytes) -> None:
+    def write(self, blocks: Sequence[int], payload: bytes | memoryview) -> None:
         """Put whole blocks in place; `payload` holds exactly `blocks`."""
         size = self.block_bytes
         assert len(payload) == len(blocks) * size, "the payload does not fit the blocks"
         source = memoryview(payload)
         for index, block in enumerate(blocks):
             self._memory[block * size : (block + 1) * size] = source[index * size : (index + 1) * size]
+
+    def write_recut(
+        self,
+        block_ids: Sequence[int],
+        start: int,
+        end: int,
+        payload: bytes,
+        first_token: int,
+        block_size: int,
+    ) -> None:
+        """Put the tokens [start, end) in place from blocks of another size.
+
+        `block_ids` are the blocks of the sequence from its first token on. `payload` holds whole blocks
+        of `block_size` tokens, the first of which begins at `first_token`.
+        """
+        source = self._as_rows(payload, block_size)
+        ours = self._as_rows(self._memory[: self.geometry.bytes], self.block_size)
+        while start < end:
+            theirs, their_offset = divmod(start - first_token, block_size)
+            index, offset = divmod(start, self.block_size)
+            count = min(block_size - their_offset, self.block_size - offset, end - start)
+            piece = source[theirs, :, their_offset : their_offset + count]
+            ours[block_ids[index], :, offset : offset + count] = piece
+            start += count
+
+    def _as_rows(self, memory: bytes | memoryview, block_size: int) -> np.ndarray:
+        """As [block][row][token][byte]; no copy."""
+        shape = (-1, self.geometry.rows, block_size, self.geometry.row_token_bytes)
+        return np.frombuffer(memory, np.uint8).reshape(shape)

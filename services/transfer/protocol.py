@@ -1,10 +1,16 @@
-"""KvTransport: the seam between a decode worker and wherever its KV comes from."""
+"""KvTransport: the seam between a decode worker and wherever its KV comes from.
+
+source   KvServer.pull   ->  KvHeader, KvChunk, KvChunk, ...      (what travels)
+reader   KvTransport.pull -> Arrived, Arrived, ...                (what is in place)
+"""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.core.block_hash import Compatibility
 from services.core.sampling import FinishReason
+from services.transfer.destination import Destination
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +31,56 @@ class FirstToken:
     finish: FinishReason | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullOrder:
+    """What a reader asks a source for."""
+
+    transfer_id: str
+    first_token: int  # the reader holds everything before
+    epoch: int  # of the source the gateway chose
+    compatibility: Compatibility  # the reader's
+
+
+@dataclass(frozen=True, slots=True)
+class KvHeader:
+    """What a reader must know before the first chunk."""
+
+    block_size: int  # tokens in a block of the source
+
+
 @dataclass(frozen=True, slots=True)
 class KvChunk:
-    """The KV of `tokens` tokens from `first_token` on, as whole blocks whose checksum held."""
+    """The KV of `tokens` tokens from `first_token` on, as whole blocks of the source."""
 
-    first_token: int
+    first_token: int  # a multiple of the source's block size
     tokens: int
     payload: bytes
     first: FirstToken | None = None  # in the last chunk only
     exposed_ms: float = 0.0  # in the last chunk only: from the end of the prefill to its sending
 
 
-class KvTransport(Protocol):
-    def pull(self, source: KvSource, transfer_id: str, first_token: int) -> AsyncGenerator[KvChunk, None]:
-        """Stream the KV of a prompt from `first_token` on, while it is computed. The last chunk has `first`.
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """KV that is in its place: `tokens` tokens from `first_token` on."""
 
-        Raises KvSourceLost (source dead, restarted, or without this transfer), KvCorrupt, Incompatible.
+    first_token: int
+    tokens: int
+    bytes: int  # that travelled for it
+    # Right whatever becomes of the lease: the checksum held, and so did the lease when it was sent.
+    proven: bool
+    first: FirstToken | None = None  # in the last one only
+    exposed_ms: float = 0.0  # in the last one only: from the end of the prefill to its sending
+
+
+class KvTransport(Protocol):
+    def pull(
+        self, source: KvSource, transfer_id: str, destination: Destination, first_token: int
+    ) -> AsyncGenerator[Arrived, None]:
+        """Put the KV of a prompt from `first_token` on into its place, while it is computed. The last
+        value has `first`. Once the generator is closed, nothing of it writes to the destination any more.
+
+        Raises KvLinkLost or KvCorrupt, after which another pull may succeed; KvSourceLost (source dead,
+        restarted, or without this transfer), KvStale or Incompatible, after which none will.
         """
         ...
 

@@ -1,17 +1,24 @@
 """The decode worker's side of a transfer, free of any transport.
 
 What has been pulled counts only when the source has confirmed that it still held the lease: until
-`receive_kv` returns, nothing of it may be decoded from or given a hash.
+`receive_kv` returns, nothing of it may be decoded from. A pull that breaks goes on from the token it
+reached, as long as the source keeps the lease.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.core.clock import Clock
-from services.core.errors import KvCorrupt, KvSourceLost, LeaseExpired
-from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import FirstToken, KvChunk, KvSource, KvTransport
+from services.core.errors import DiptychError, KvCorrupt, KvLinkLost, KvSourceLost, LeaseExpired
+from services.transfer.destination import Destination
+from services.transfer.protocol import Arrived, FirstToken, KvSource, KvTransport
+
+# A pull that broke is tried again after these pauses, if no more than RETRY_FOR_S have passed since the
+# first break without progress: by then keepalive (2 s) has found a dead source, and another is better.
+_PAUSES_S = (0.0, 0.05, 0.2, 0.5)
+_RETRY_FOR_S = 2.0
+_BREAKS = (KvLinkLost, KvCorrupt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +30,11 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
-class Destination:
-    """Where the KV of one sequence belongs."""
+class ReceiveObserver:
+    """Who is told what during a receive."""
 
-    memory: PoolMemory
-    block_ids: Sequence[int]
-    tokens: int  # all of them
-    held_tokens: int  # the leading ones that are here already; a multiple of the block size
-
-    def place(self, chunk: KvChunk) -> None:
-        """Copy a chunk into its blocks. Raises KvCorrupt if it is not what it says."""
-        if chunk.tokens == 0:
-            return
-        size = self.memory.block_size
-        end = chunk.first_token + chunk.tokens
-        blocks = self.block_ids[chunk.first_token // size : -(-end // size)]
-        if end > self.tokens or len(chunk.payload) != len(blocks) * self.memory.block_bytes:
-            raise KvCorrupt(f"a chunk of {chunk.tokens} tokens at {chunk.first_token} has a wrong size")
-        self.memory.write(blocks, chunk.payload)
+    landed: Callable[[int, int], None]  # tokens that are here, and the leading ones that are proven
+    broke: Callable[[DiptychError], None] = lambda error: None  # a pull broke and is tried again
 
 
 async def receive_kv(
@@ -49,45 +43,81 @@ async def receive_kv(
     transfer_id: str,
     destination: Destination,
     clock: Clock,
-    landed: Callable[[int], None],
+    observer: ReceiveObserver,
 ) -> Received:
-    """Pull, place and confirm. `landed(tokens)` is told how far the KV reaches after every chunk.
+    """Pull, place and confirm.
 
-    Raises KvSourceLost, KvCorrupt, LeaseExpired or Incompatible; nothing received is valid then, and the
-    source is told that it may free the blocks.
+    Raises KvSourceLost, KvLinkLost, KvCorrupt, KvStale, LeaseExpired or Incompatible; of what was
+    received only the proven part is right then, and the source is told that it may free the blocks.
     """
     try:
-        return await _receive(transport, source, transfer_id, destination, clock, landed)
+        return await _Receive(transport, source, transfer_id, destination, clock, observer).run()
     except BaseException:
         transport.abandon(source, transfer_id)
         raise
 
 
-async def _receive(
-    transport: KvTransport,
-    source: KvSource,
-    transfer_id: str,
-    destination: Destination,
-    clock: Clock,
-    landed: Callable[[int], None],
-) -> Received:
-    started_s = clock.now()
-    position = destination.held_tokens
-    received_bytes = 0
-    last: KvChunk | None = None
-    async with aclosing(transport.pull(source, transfer_id, position)) as chunks:
-        async for last in chunks:
-            if last.first_token != position:
-                raise KvCorrupt(f"expected the KV of token {position}, got that of {last.first_token}")
-            destination.place(last)
-            position += last.tokens
-            received_bytes += len(last.payload)
-            landed(position)
-    arrived_s = clock.now()
-    if last is None or last.first is None or position != destination.tokens:
-        raise KvSourceLost(f"the transfer ended after {position} of {destination.tokens} tokens")
-    if not await transport.release(source, transfer_id):
-        raise LeaseExpired(f"the lease of transfer {transfer_id} had ended before the KV was confirmed")
-    confirmed_s = clock.now()
-    exposed_ms = last.exposed_ms + (confirmed_s - arrived_s) * 1e3
-    return Received(last.first, received_bytes, (confirmed_s - started_s) * 1e3, exposed_ms)
+@dataclass(slots=True)
+class _Receive:
+    _transport: KvTransport
+    _source: KvSource
+    _transfer_id: str
+    _destination: Destination
+    _clock: Clock
+    _observer: ReceiveObserver
+    _position: int = field(init=False)  # the KV of all tokens before is in place
+    _proven: int = field(init=False)
+    _bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._position = self._proven = self._destination.held_tokens
+
+    async def run(self) -> Received:
+        started_s = self._clock.now()
+        last = await self._pull_all()
+        arrived_s = self._clock.now()
+        if last is None or last.first is None or self._position != self._destination.tokens:
+            raise KvSourceLost(
+                f"the transfer ended after {self._position} of {self._destination.tokens} tokens"
+            )
+        if not await self._transport.release(self._source, self._transfer_id):
+            raise LeaseExpired(
+                f"the lease of transfer {self._transfer_id} had ended before the KV was confirmed"
+            )
+        confirmed_s = self._clock.now()
+        exposed_ms = last.exposed_ms + (confirmed_s - arrived_s) * 1e3
+        return Received(last.first, self._bytes, (confirmed_s - started_s) * 1e3, exposed_ms)
+
+    async def _pull_all(self) -> Arrived | None:
+        """The last value of the pull that reached the end."""
+        tries, broken_s = 0, 0.0
+        while True:
+            before = self._position
+            try:
+                return await self._pull_from_position()
+            except _BREAKS as error:
+                if self._position > before:
+                    tries = 0
+                broken_s = self._clock.now() if tries == 0 else broken_s
+                if tries == len(_PAUSES_S) or self._clock.now() - broken_s > _RETRY_FOR_S:
+                    raise
+                self._observer.broke(error)
+                await self._clock.sleep(_PAUSES_S[tries])
+                tries += 1
+
+    async def _pull_from_position(self) -> Arrived | None:
+        last: Arrived | None = None
+        pulling = self._transport.pull(self._source, self._transfer_id, self._destination, self._position)
+        async with aclosing(pulling) as arriving:
+            async for last in arriving:
+                self._advance(last)
+        return last
+
+    def _advance(self, arrived: Arrived) -> None:
+        if arrived.first_token != self._position:
+            raise KvCorrupt(f"expected the KV of token {self._position}, got that of {arrived.first_token}")
+        if arrived.proven and self._proven == self._position:
+            self._proven += arrived.tokens
+        self._position += arrived.tokens
+        self._bytes += arrived.bytes
+        self._observer.landed(self._position, self._proven)

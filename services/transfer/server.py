@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 
 from services.core.block_hash import Compatibility
 from services.core.clock import Clock
-from services.core.errors import BadRequest, Incompatible, KvSourceLost
+from services.core.errors import Incompatible, KvSourceLost, KvStale
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import KvChunk
+from services.transfer.protocol import KvChunk, KvHeader, PullOrder
 
 # Measured on loopback gRPC: messages of about 1 MiB carry the most bytes per second.
 CHUNK_BYTES = 1 << 20
@@ -33,15 +33,17 @@ class KvServer:
         self._on_sent = on_sent
         self._blocks_per_chunk = max(CHUNK_BYTES // memory.block_bytes, 1)
 
-    async def pull(
-        self, transfer_id: str, first_token: int, epoch: int, theirs: Compatibility
-    ) -> AsyncGenerator[KvChunk, None]:
-        """Whole blocks as soon as they are computed, the partial one with the end of the prefill."""
-        self._check(epoch, theirs, first_token)
-        lease = await self._leases.find(transfer_id, self._pull_wait_s)
+    async def pull(self, order: PullOrder) -> AsyncGenerator[KvHeader | KvChunk, None]:
+        """Whole blocks as soon as they are computed, the partial one with the end of the prefill.
+
+        The first is the one with the token asked for; the reader knows what of it it has already.
+        """
+        self._check(order.epoch, order.compatibility)
+        lease = await self._leases.find(order.transfer_id, self._pull_wait_s)
         with self._leases.hold(lease):
             lease.opened_by_puller()
-            position = first_token
+            yield KvHeader(self._memory.block_size)
+            position = order.first_token // self._memory.block_size * self._memory.block_size
             while lease.first is None or position < lease.tokens:
                 await self._more_than(position, lease)
                 for chunk in self._chunks(lease, position, self._readable(lease)):
@@ -56,13 +58,11 @@ class KvServer:
     def release(self, transfer_id: str, epoch: int) -> bool:
         return epoch == self._epoch and self._leases.release(transfer_id)
 
-    def _check(self, epoch: int, theirs: Compatibility, first_token: int) -> None:
+    def _check(self, epoch: int, theirs: Compatibility) -> None:
         if epoch != self._epoch:
             raise KvSourceLost("the prefill worker has restarted since the request was routed")
         if differences := self._compatibility.differences(theirs):
             raise Incompatible("prefill and decode worker differ in " + "; ".join(differences))
-        if first_token % self._memory.block_size:
-            raise BadRequest("first_token must be a multiple of the block size", "first_token")
 
     async def _more_than(self, position: int, lease: Lease) -> None:
         """Wait for KV beyond `position`, or for the prefill's end."""
@@ -80,5 +80,14 @@ class KvServer:
         step = self._blocks_per_chunk * size
         for position in range(start, end, step):
             stop = min(position + step, end)
-            blocks = lease.block_ids[position // size : -(-stop // size)]
-            yield KvChunk(position, stop - position, self._memory.read(blocks))
+            blocks = slice(position // size, -(-stop // size))
+            payload = self._memory.read(lease.block_ids[blocks])
+            self._check_unchanged(lease, blocks)
+            yield KvChunk(position, stop - position, payload)
+
+    def _check_unchanged(self, lease: Lease, blocks: slice) -> None:
+        """After the copy: the blocks were the lease's all the time. The lease sees to that; should it
+        fail to, nobody may decode from what was read."""
+        if not lease.unchanged(blocks):
+            self._leases.end_stale(lease)
+            raise KvStale(f"a KV block was reused while transfer {lease.transfer_id} read it")

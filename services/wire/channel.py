@@ -76,6 +76,11 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: DiptychErr
     raise AssertionError("abort returned")
 
 
+def carries_error(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the peer itself ended the call, with an error of our tree; else the call broke."""
+    return any(key == ERROR_LABEL_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> DiptychError:
     """The error of our tree that a failed call to `peer` carries."""
     for key, value in error.trailing_metadata() or ():

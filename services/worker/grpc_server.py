@@ -39,7 +39,7 @@ class WorkerServer:
         self._bounds = SequenceBounds(identity.files.config.vocab_size, identity.context_tokens_max)
         self._transport = GrpcKvTransport(identity.compatibility, network)
         self._server = network.new_server()
-        self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended)
+        self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended, self._memory.generation)
         metrics.watch("diptych_worker_leases", "Open KV leases", lambda: self.leases.open_leases)
 
     @property
@@ -92,6 +92,7 @@ class WorkerServer:
             self._clock,
             self._metrics.on_received,
             self._metrics.on_failed,
+            self._metrics.on_pull_broke,
         )
         service = DecodeService(parts, self._incarnation, self._bounds)
         worker_pb2_grpc.add_DecodeServicer_to_server(service, self._server)

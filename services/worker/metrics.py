@@ -31,6 +31,9 @@ class WorkerMetrics:
         self._transfer.seconds.observe(received.transfer_ms / 1e3)
         self._transfer.exposed_seconds.observe(received.exposed_ms / 1e3)
 
+    def on_pull_broke(self, error: DiptychError) -> None:
+        self._transfer.broken.labels(facts(error).label).inc()
+
     def on_sent(self, sent_bytes: int) -> None:
         self._transfer.bytes.labels("sent").inc(sent_bytes)
 
@@ -100,6 +103,12 @@ class _TransferSeries:
             "diptych_transfer_exposed_seconds",
             "The part of a KV transfer after the end of its prefill",
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.broken = Counter(
+            "diptych_transfer_broken",
+            "Pulls that broke and went on from where they were, by error",
+            ["error"],
             registry=registry,
         )
         self.leases_ended = Counter(

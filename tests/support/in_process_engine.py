@@ -30,7 +30,8 @@ def compatibility(block_size: int = 4) -> Compatibility:
 
 def build_engine(pool: memoryview, blocks: int, limits: Limits = LIMITS) -> Engine:
     runner = ArithmeticRunner(geometry(blocks), pool)
-    return Engine(runner, compatibility(), blocks, limits, SystemClock())
+    generations = geometry(blocks).generations(pool)
+    return Engine(runner, compatibility(), blocks, limits, SystemClock(), generations)
 
 
 class InProcessEngine(EngineHandle):
@@ -42,7 +43,7 @@ class InProcessEngine(EngineHandle):
     ) -> None:
         super().__init__(sequences_max=1_000, on_report=on_report, clock=SystemClock())
         self.geometry = geometry(blocks)
-        self.pool = memoryview(bytearray(self.geometry.bytes))
+        self.pool = memoryview(bytearray(self.geometry.shared_bytes))
         self.engine = build_engine(self.pool, blocks, limits)
         self.paused = False
         self._commands: list[Command] = []

@@ -15,7 +15,7 @@ from services.engine.incarnation import Incarnation
 from services.engine.submission import SequenceBounds
 from services.prefill.service import PrefillService
 from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
-from services.transfer.lease import LeaseTable
+from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.receive import Received
 from services.transfer.server import KvServer
@@ -32,12 +32,17 @@ class PrefillWorker:
         self.engine = InProcessEngine(blocks)
         self.incarnation = Incarnation(WorkerKey("p", 11))
         self.failures: list[DiptychError] = []
-        self.leases = LeaseTable(clock, lease_ttl_s, lambda name, how: self.engine.drop(name))
         memory = PoolMemory(self.engine.geometry, self.engine.pool)
+        self.lease_ends: list[LeaseEnd] = []
+        self.leases = LeaseTable(clock, lease_ttl_s, self._lease_ended, memory.generation)
         self._service = PrefillService(
             self.engine, self.leases, self.incarnation, BOUNDS, clock, pull_wait_s, self.failures.append
         )
         self._kv = KvServer(self.leases, memory, compatibility(), 11, clock, pull_wait_s)
+
+    def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
+        self.engine.drop(transfer_id)
+        self.lease_ends.append(how)
 
     def attach(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillServicer_to_server(self._service, server)
@@ -50,10 +55,17 @@ class DecodeWorker:
         self.incarnation = Incarnation(WorkerKey("d", 22))
         self.received: list[Received] = []
         self.failures: list[DiptychError] = []
+        self.broken_pulls: list[DiptychError] = []
         self._transport = GrpcKvTransport(compatibility())
         memory = PoolMemory(self.engine.geometry, self.engine.pool)
         self.parts = DecodeParts(
-            self.engine, self._transport, memory, SystemClock(), self.received.append, self.failures.append
+            self.engine,
+            self._transport,
+            memory,
+            SystemClock(),
+            self.received.append,
+            self.failures.append,
+            self.broken_pulls.append,
         )
         self._service = DecodeService(self.parts, self.incarnation, BOUNDS)
 

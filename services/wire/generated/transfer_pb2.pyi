@@ -36,6 +36,20 @@ class PullRequest(_message.Message):
     compatibility: Compatibility
     def __init__(self, transfer_id: _Optional[str] = ..., first_token: _Optional[int] = ..., epoch: _Optional[int] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ...) -> None: ...
 
+class KvMessage(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: KvHeader
+    chunk: KvChunk
+    def __init__(self, header: _Optional[_Union[KvHeader, _Mapping]] = ..., chunk: _Optional[_Union[KvChunk, _Mapping]] = ...) -> None: ...
+
+class KvHeader(_message.Message):
+    __slots__ = ("block_size",)
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    block_size: int
+    def __init__(self, block_size: _Optional[int] = ...) -> None: ...
+
 class KvChunk(_message.Message):
     __slots__ = ("first_token", "tokens", "payload", "crc32c", "first", "exposed_ms")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]

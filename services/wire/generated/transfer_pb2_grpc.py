@@ -37,7 +37,7 @@ class KvTransferStub:
         self.Pull = channel.unary_stream(
                 '/diptych.v1.KvTransfer/Pull',
                 request_serializer=transfer__pb2.PullRequest.SerializeToString,
-                response_deserializer=transfer__pb2.KvChunk.FromString,
+                response_deserializer=transfer__pb2.KvMessage.FromString,
                 _registered_method=True)
         self.Release = channel.unary_unary(
                 '/diptych.v1.KvTransfer/Release',
@@ -69,7 +69,7 @@ def add_KvTransferServicer_to_server(servicer, server):
             'Pull': grpc.unary_stream_rpc_method_handler(
                     servicer.Pull,
                     request_deserializer=transfer__pb2.PullRequest.FromString,
-                    response_serializer=transfer__pb2.KvChunk.SerializeToString,
+                    response_serializer=transfer__pb2.KvMessage.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -103,7 +103,7 @@ class KvTransfer:
             target,
             '/diptych.v1.KvTransfer/Pull',
             transfer__pb2.PullRequest.SerializeToString,
-            transfer__pb2.KvChunk.FromString,
+            transfer__pb2.KvMessage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,8 +10,8 @@ from services.core.sampling import SamplingParams
 from services.decode import service as service_module
 from services.decode.sequence import DecodeSequence
 from services.engine.messages import Admitted, Revoked
+from services.transfer.destination import Destination
 from services.transfer.protocol import KvSource
-from services.transfer.receive import Destination
 from services.wire.channel import from_rpc_error
 from services.wire.convert import sampling_to_wire
 from services.wire.generated import worker_pb2
@@ -250,7 +250,7 @@ async def test_a_revocation_before_the_first_turn_of_a_receive_is_answered() -> 
 
 
 async def test_a_bug_in_a_receive_ends_in_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Destination, chunk: object) -> None:
+    def broken(self: Destination, *chunk: object) -> int:
         raise ValueError("a bug")
 
     monkeypatch.setattr(Destination, "place", broken)
@@ -294,7 +294,8 @@ async def test_an_expired_lease_frees_the_prefill_worker() -> None:
         sweep = asyncio.create_task(pair.prefill.leases.expire_forever())
         pull = pair.decode._transport.pull
         prefill = pair.run_prefill(sequence())
-        chunks = pull(KvSource("p", pair.prefill_address, 11), "r/0", 0)
+        destination = Destination(pair.decode.parts.memory, range(3), len(PROMPT), held_tokens=0)
+        chunks = pull(KvSource("p", pair.prefill_address, 11), "r/0", destination, 0)
         await anext(chunks)
         await prefill
         await chunks.aclose()  # it read, but never confirms

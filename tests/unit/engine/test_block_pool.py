@@ -23,6 +23,19 @@ def sealed(pool: BlockPool, chain: list[bytes]) -> list[int]:
     return blocks
 
 
+def test_a_block_gets_a_new_generation_when_it_is_handed_out_and_only_then() -> None:
+    generations = [0, 0]
+    pool, chain = BlockPool(2, 16, generations), hashes(1)
+    (block,) = pool.allocate(1)
+    pool.seal(block, chain[0])
+    pool.release([block])
+    pool.acquire(pool.match(chain))
+    assert generations[block] == 1, "the same content, taken from the cache"
+    pool.release([block])
+    pool.allocate(2)
+    assert (generations[block], generations[1 - block]) == (2, 1)
+
+
 def test_a_released_chain_can_be_matched_and_acquired_again() -> None:
     pool, chain = BlockPool(8, 16), hashes(3)
     blocks = sealed(pool, chain)

@@ -58,7 +58,7 @@ def test_the_prompt_is_computed_once_and_its_full_blocks_are_shared() -> None:
 
 
 def test_a_choice_writes_into_a_copy_of_the_partial_block() -> None:
-    pool = memoryview(bytearray(geometry(16).bytes))
+    pool = memoryview(bytearray(geometry(16).shared_bytes))
     subject = build_engine(pool, 16)
     subject.handle(submit("x", PROMPT, 9, choices=(0, 1, 2)))
     subject.step()
@@ -194,7 +194,7 @@ def received(target: Engine, pools: list[memoryview], choices: tuple[int, ...]) 
 
 
 def test_a_received_prompt_forks_into_the_choices_that_go_on() -> None:
-    pools = [memoryview(bytearray(geometry(16).bytes)) for _ in range(2)]
+    pools = [memoryview(bytearray(geometry(16).shared_bytes)) for _ in range(2)]
     target = build_engine(pools[1], 16)
     firsts = received(target, pools, (0, 1, 2, 3))
     target.handle(Start("x", {choice: firsts[choice] for choice in (1, 3)}))

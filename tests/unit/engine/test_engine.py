@@ -14,7 +14,7 @@ Answers = dict[str, list[int]]
 
 
 def engine(blocks: int = 64, limits: Limits = LIMITS) -> Engine:
-    return build_engine(memoryview(bytearray(geometry(blocks).bytes)), blocks, limits)
+    return build_engine(memoryview(bytearray(geometry(blocks).shared_bytes)), blocks, limits)
 
 
 def submit(
@@ -176,7 +176,7 @@ def received(source: Engine, target: Engine, prompt: list[int], max_tokens: int)
 
 
 def test_a_received_sequence_decodes_from_the_first_token_without_computing_the_prompt() -> None:
-    pools = [memoryview(bytearray(geometry(16).bytes)) for _ in range(2)]
+    pools = [memoryview(bytearray(geometry(16).shared_bytes)) for _ in range(2)]
     source, target = (build_engine(pool, 16) for pool in pools)
     prompt = list(range(10))
     expected = run(engine(), submit("x", prompt, max_tokens=6))["x"]
@@ -188,6 +188,29 @@ def test_a_received_sequence_decodes_from_the_first_token_without_computing_the_
     reports = turns(target)
     assert [first, *(token.token for one in reports for token in one.tokens)] == expected
     assert sum(one.step.prefill_tokens for one in reports if one.step) == 0
+
+
+def test_proven_kv_of_a_transfer_that_failed_stays_as_cache() -> None:
+    subject = engine()
+    prompt = list(range(10))
+    subject.handle(submit("first", prompt, kind="receive"))
+    subject.handle(Landed("first", 10, proven=9))
+    subject.handle(Drop("first"))
+    subject.handle(submit("again", prompt, kind="receive"))
+    report = subject.take_report()
+    assert report.admitted[1].cached_tokens == 8, "two of the blocks were full and proven"
+    assert report.admitted[1].block_ids[:2] == report.admitted[0].block_ids[:2]
+    subject.check_integrity()
+
+
+def test_unproven_kv_of_a_transfer_that_failed_is_forgotten() -> None:
+    subject = engine()
+    subject.handle(submit("first", list(range(10)), kind="receive"))
+    subject.handle(Landed("first", 10))
+    subject.handle(Drop("first"))
+    report = subject.take_report()
+    assert report.stored == []
+    assert report.gauges.blocks_cached == 0
 
 
 def test_a_reservation_is_refused_at_once_when_there_is_no_room() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,20 +10,23 @@ import pytest
 from services.core.block_hash import Compatibility
 from services.core.clock import SystemClock
 from services.core.errors import (
-    BadRequest,
+    DiptychError,
     Incompatible,
     KvCorrupt,
+    KvLinkLost,
     KvSourceLost,
+    KvStale,
     LeaseExpired,
     RequestCancelled,
 )
 from services.transfer import grpc_transport
+from services.transfer.destination import Destination
 from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
 from services.transfer.lease import LeaseTable
 from services.transfer.memory_transport import MemoryKvTransport
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import FirstToken, KvSource, KvTransport
-from services.transfer.receive import Destination, Received, receive_kv
+from services.transfer.receive import Received, ReceiveObserver, receive_kv
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server
 from services.wire.generated import transfer_pb2_grpc
@@ -33,8 +36,17 @@ BLOCKS, SIZE, TOKENS, EPOCH = 16, 4, 22, 77
 TABLE = [9, 3, 12, 0, 7, 5]  # of the source; 22 tokens fill five blocks and half of the sixth
 
 
-def pool() -> PoolMemory:
-    return PoolMemory(geometry(BLOCKS), memoryview(bytearray(geometry(BLOCKS).bytes)))
+def pool(block_size: int = SIZE) -> PoolMemory:
+    shape = geometry(BLOCKS * SIZE // block_size, block_size)
+    return PoolMemory(shape, memoryview(bytearray(shape.shared_bytes)))
+
+
+def token_bytes(memory: PoolMemory, table: list[int], token: int) -> bytes:
+    """The KV of one token, wherever it lies: k, then v, four bytes each (see `geometry`)."""
+    block, offset = table[token // memory.block_size], token % memory.block_size
+    content = memory.read([block])
+    half = memory.block_bytes // 2
+    return content[4 * offset : 4 * offset + 4] + content[half + 4 * offset : half + 4 * offset + 4]
 
 
 class Source:
@@ -42,10 +54,12 @@ class Source:
 
     def __init__(self) -> None:
         self.ends: list[str] = []
-        self.leases = LeaseTable(SystemClock(), 5.0, lambda name, how: self.ends.append(how))
         self.memory = pool()
+        self.leases = LeaseTable(
+            SystemClock(), 5.0, lambda name, how: self.ends.append(how), self.memory.generation
+        )
         for block in range(BLOCKS):
-            self.memory.write([block], bytes([block + 1]) * self.memory.block_bytes)
+            self.memory.write([block], bytes(range(32 * block % 224, 32 * block % 224 + 32)))
         self.server = KvServer(
             self.leases, self.memory, compatibility(), EPOCH, SystemClock(), pull_wait_s=0.2
         )
@@ -56,6 +70,10 @@ class Source:
         lease.advanced(upto, TABLE)
         if upto == TOKENS:
             lease.finished(FirstToken(0, 42, None), 0.0)
+
+    def reuse(self, block: int) -> None:
+        """What the engine does when it hands a block out: the lease should make that impossible."""
+        self.memory._generations[block] += 1
 
 
 @asynccontextmanager
@@ -83,18 +101,24 @@ def connect(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
 
 
 class Puller:
-    def __init__(self, transport: KvTransport, address: str) -> None:
+    def __init__(self, transport: KvTransport, address: str, block_size: int = SIZE) -> None:
         self.transport = transport
         self.source = KvSource("p", address, EPOCH)
-        self.memory = pool()
+        self.memory = pool(block_size)
+        self.table = list(range(self.memory.geometry.blocks))
         self.landed: list[int] = []
+        self.proven: list[int] = []
+        self.broken: list[DiptychError] = []
 
     async def receive(self, held_tokens: int = 0, transfer_id: str = "r/0", epoch: int = EPOCH) -> Received:
-        destination = Destination(self.memory, list(range(6)), TOKENS, held_tokens)
+        destination = Destination(self.memory, self.table, TOKENS, held_tokens)
         source = replace(self.source, epoch=epoch)
-        return await receive_kv(
-            self.transport, source, transfer_id, destination, SystemClock(), self.landed.append
-        )
+        observer = ReceiveObserver(self._on_landed, self.broken.append)
+        return await receive_kv(self.transport, source, transfer_id, destination, SystemClock(), observer)
+
+    def _on_landed(self, tokens: int, proven: int) -> None:
+        self.landed.append(tokens)
+        self.proven.append(proven)
 
 
 async def test_all_blocks_arrive_in_their_places_with_the_first_token(connect) -> None:  # type: ignore[no-untyped-def]
@@ -182,12 +206,67 @@ async def test_a_prefill_cancelled_under_a_reader_ends_the_pull(connect) -> None
             await receiving
 
 
-async def test_a_pull_must_start_at_a_block(connect) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("block_size", [1, 2, 8, 16, 64])
+async def test_blocks_of_another_size_are_cut_anew(connect, block_size: int) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    source.compute()
+    async with connect(source, compatibility(block_size)) as link:
+        puller = Puller(*link, block_size)
+        received = await puller.receive()
+    assert received.first == FirstToken(0, 42, None)
+    for token in range(TOKENS):
+        expected = token_bytes(source.memory, TABLE, token)
+        assert token_bytes(puller.memory, puller.table, token) == expected, token
+    assert source.ends == ["released"]
+
+
+@pytest.mark.parametrize(("block_size", "held"), [(2, 6), (2, 10), (8, 8), (8, 16), (SIZE, 12)])
+async def test_what_the_puller_holds_is_not_written_again(connect, block_size: int, held: int) -> None:  # type: ignore[no-untyped-def]
+    """Its blocks may be shared with other sequences; source blocks may begin within them."""
+    source = Source()
+    source.compute()
+    async with connect(source, compatibility(block_size)) as link:
+        puller = Puller(*link, block_size)
+        await puller.receive(held_tokens=held)
+    for token in range(TOKENS):
+        arrived = token_bytes(puller.memory, puller.table, token)
+        assert arrived == (token_bytes(source.memory, TABLE, token) if token >= held else bytes(8)), token
+
+
+async def test_a_block_that_is_reused_before_it_is_read_ends_the_transfer(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    source.compute()
+    source.reuse(TABLE[2])
+    async with connect(source, compatibility()) as link:
+        with pytest.raises(KvStale, match="reused"):
+            await Puller(*link).receive()
+    assert source.ends == ["stale"]
+
+
+async def test_a_block_that_is_reused_after_it_was_read_is_not_confirmed(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    source.compute(upto=12)
+    lease = await source.leases.find("r/0", 0)
+    async with connect(source, compatibility()) as link:
+        puller = Puller(*link)
+        receiving = asyncio.create_task(puller.receive())
+        while not puller.landed or puller.landed[-1] < 12:
+            await asyncio.sleep(0.001)
+        source.reuse(TABLE[0])
+        lease.advanced(TOKENS, TABLE)
+        lease.finished(FirstToken(0, 42, None), 0.0)
+        with pytest.raises(LeaseExpired):
+            await receiving
+    assert source.ends == ["stale"]
+
+
+async def test_inline_kv_is_proven_as_it_lands(connect) -> None:  # type: ignore[no-untyped-def]
     source = Source()
     source.compute()
     async with connect(source, compatibility()) as link:
-        with pytest.raises(BadRequest, match="block size"):
-            await Puller(*link).receive(held_tokens=3)
+        puller = Puller(*link)
+        await puller.receive(held_tokens=4)
+    assert puller.proven == puller.landed
 
 
 async def test_a_cancelled_receive_frees_the_source_at_once(connect) -> None:  # type: ignore[no-untyped-def]
@@ -206,25 +285,77 @@ async def test_a_cancelled_receive_frees_the_source_at_once(connect) -> None:  #
         assert source.ends == ["failed"], "the source kept the blocks of a reader that has gone"
 
 
-async def test_a_flipped_bit_on_the_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source()
-    source.compute()
-    honest = grpc_transport._chunk_to_wire
+class FlippingLink:
+    """Flips a bit in the last payload byte of the first `flips` chunks on their way over gRPC."""
 
-    def flip(chunk):  # type: ignore[no-untyped-def]
-        message = honest(chunk)
-        if message.payload:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, flips: int) -> None:
+        self.flips = flips
+        self._honest = grpc_transport._chunk_to_wire
+        monkeypatch.setattr(grpc_transport, "_chunk_to_wire", self._flip)
+
+    def _flip(self, chunk):  # type: ignore[no-untyped-def]
+        message = self._honest(chunk)
+        if message.payload and self.flips:
+            self.flips -= 1
             message.payload = message.payload[:-1] + bytes([message.payload[-1] ^ 1])
         return message
 
-    monkeypatch.setattr(grpc_transport, "_chunk_to_wire", flip)
+
+async def test_a_flipped_bit_on_the_way_is_found_and_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source()
+    source.compute()
+    FlippingLink(monkeypatch, flips=2)
     async with grpc_transport_pair(source, compatibility()) as link:
+        puller = Puller(*link)
+        await puller.receive()
+    assert [type(error) for error in puller.broken] == [KvCorrupt, KvCorrupt]
+    assert puller.memory.read(range(6)) == source.memory.read(TABLE)
+    assert source.ends == ["released"]
+
+
+async def test_a_link_that_always_flips_bits_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source()
+    source.compute()
+    FlippingLink(monkeypatch, flips=1_000)
+    async with grpc_transport_pair(source, compatibility()) as link:
+        puller = Puller(*link)
         with pytest.raises(KvCorrupt, match="checksum"):
-            await Puller(*link).receive()
+            await puller.receive()
+    assert puller.landed == []
+    assert len(puller.broken) == 4
+
+
+class BreakingTransport(MemoryKvTransport):
+    """Its pulls break after so many values each; what is in place stays."""
+
+    breaks: list[int]
+
+    async def pull(self, source, transfer_id, destination, first_token):  # type: ignore[no-untyped-def]
+        left = self.breaks.pop(0) if self.breaks else 1_000
+        async with aclosing(super().pull(source, transfer_id, destination, first_token)) as arriving:
+            async for arrived in arriving:
+                if left == 0:
+                    raise KvLinkLost("the cable was pulled")
+                left -= 1
+                yield arrived
+
+
+async def test_a_pull_that_breaks_goes_on_from_the_token_it_reached() -> None:
+    source = Source()
+    source.server._blocks_per_chunk = 1
+    source.compute()
+    transport = BreakingTransport({"here:1": source.server}, compatibility())
+    transport.breaks = [2, 0, 1]
+    puller = Puller(transport, "here:1")
+    received = await puller.receive()
+    assert puller.landed == [4, 8, 12, 16, 20, 22, 22]
+    assert received.bytes == 6 * source.memory.block_bytes, "a block travelled twice"
+    assert len(puller.broken) == 3
+    assert puller.memory.read(range(6)) == source.memory.read(TABLE)
 
 
 async def test_a_source_that_nobody_serves_is_lost() -> None:
     transport = GrpcKvTransport(compatibility())
-    with pytest.raises(KvSourceLost):
+    with pytest.raises(KvLinkLost):
         await Puller(transport, "127.0.0.1:1").receive()
     await transport.close()
