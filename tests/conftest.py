@@ -4,8 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from services.store.embedded import EmbeddedValkey
+
+# The time of one example says more about the machine's other work than about ours.
+settings.register_profile("diptych", deadline=None)
+settings.load_profile("diptych")
 
 
 @pytest.fixture(scope="session")

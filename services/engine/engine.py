@@ -9,9 +9,9 @@ process, socket or thread: `services.engine.process` drives it in production, te
 from collections.abc import Callable
 from functools import lru_cache
 
-from services.core.block_hash import Compatibility, chain_root
+from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import Clock
-from services.core.errors import FACTS, DiptychError, Overloaded
+from services.core.errors import FACTS, DiptychError, KvSourceLost, Overloaded
 from services.engine.block_pool import BlockPool, Generations
 from services.engine.messages import (
     Admitted,
@@ -19,8 +19,10 @@ from services.engine.messages import (
     Command,
     Drop,
     DropChoice,
+    Fetched,
     Gauges,
     Landed,
+    Lend,
     Limits,
     Ping,
     Refused,
@@ -37,6 +39,7 @@ from services.engine.sequence import Sequence, State
 from services.engine.step_times import StepTimes
 
 _RESERVED = (State.RECEIVING, State.REVOKED)
+_WRITTEN = (*_RESERVED, State.FETCHING)  # KV may be on its way into the blocks
 
 
 class Engine:
@@ -55,6 +58,7 @@ class Engine:
         self._pool = BlockPool(blocks, compatibility.block_size, generations)
         self._scheduler = Scheduler(self._pool, limits)
         self._sequences: dict[str, list[Sequence]] = {}  # several: choices that have forked
+        self._loans: dict[str, list[int]] = {}  # cached blocks that are kept for readers elsewhere
         self._times = StepTimes()
         self._root: Callable[[str], bytes] = lru_cache(1024)(lambda salt: chain_root(compatibility, salt))
         self._prompt_tokens = 0
@@ -74,8 +78,12 @@ class Engine:
         match command:
             case Submit():
                 self._submit(command)
+            case Lend():
+                self._lend(command)
             case Landed():
                 self._landed(command)
+            case Fetched():
+                self._fetched(command)
             case Start():
                 self._start(command)
             case Drop():
@@ -119,7 +127,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Prove that every block has exactly one kind of owner; for idle moments and tests."""
-        self._pool.check_integrity(one.blocks for group in self._sequences.values() for one in group)
+        sequences = [one.blocks for group in self._sequences.values() for one in group]
+        self._pool.check_integrity([*sequences, *self._loans.values()])
 
     # Commands
 
@@ -145,12 +154,35 @@ class Engine:
             return Overloaded("the worker's queue is full")
         return None
 
+    def _lend(self, command: Lend) -> None:
+        assert command.seq_id not in self._loans, f"loan {command.seq_id} asked for twice"
+        size = self._pool.block_size
+        blocks = self._pool.match(chain_hashes(command.token_ids, size, self._root(command.salt)))
+        if not blocks:
+            gone = KvSourceLost("the prefix is no longer cached here")
+            self._refused.append(Refused(command.seq_id, FACTS[type(gone)].label, gone.message))
+            return
+        self._pool.acquire(blocks)
+        self._loans[command.seq_id] = blocks
+        self._admitted.append(Admitted(command.seq_id, list(blocks), len(blocks) * size, 0.0))
+
     def _landed(self, command: Landed) -> None:
         if group := self._sequences.get(command.seq_id):
             (sequence,) = group
+            if sequence.state is State.FETCHING:
+                sequence.computed = max(sequence.computed, command.proven)
+                sequence.seal(self._pool, sequence.computed)
+                return
             assert sequence.state in _RESERVED, "KV landed for a sequence that expects none"
             sequence.computed = max(sequence.computed, command.tokens)
             sequence.seal(self._pool, command.proven)
+
+    def _fetched(self, command: Fetched) -> None:
+        if group := self._sequences.get(command.seq_id):
+            (sequence,) = group
+            assert sequence.state is State.FETCHING, "nothing was fetched for this sequence"
+            sequence.fetch_tokens = 0
+            sequence.state = State.RUNNING
 
     def _start(self, command: Start) -> None:
         group = self._sequences.get(command.seq_id)
@@ -166,6 +198,7 @@ class Engine:
     def _drop(self, command: Drop) -> None:
         for sequence in self._sequences.pop(command.seq_id, []):
             self._scheduler.remove(sequence)
+        self._pool.release(self._loans.pop(command.seq_id, []))
         self._dropped.append(command.seq_id)
 
     def _drop_choice(self, command: DropChoice) -> None:
@@ -173,7 +206,7 @@ class Engine:
             if command.choice in sequence.choices:
                 sequence.choices.remove(command.choice)
                 if not sequence.choices:
-                    assert sequence.state not in _RESERVED, "KV may be on its way into the blocks"
+                    assert sequence.state not in _WRITTEN, "KV may be on its way into the blocks"
                     self._remove(sequence)
 
     # Results of a step
@@ -240,7 +273,10 @@ class Engine:
         self._prompt_tokens += sequence.known
         self._prefix_hit_tokens += sequence.computed
         queue_ms = (self._clock.now() - sequence.arrived_s) * 1e3
-        self._admitted.append(Admitted(sequence.seq_id, list(sequence.blocks), sequence.computed, queue_ms))
+        waits_for = sequence.fetch_tokens if sequence.state is State.FETCHING else 0
+        self._admitted.append(
+            Admitted(sequence.seq_id, list(sequence.blocks), sequence.computed, queue_ms, waits_for)
+        )
 
     def _collect_admitted(self) -> None:
         for sequence in self._scheduler.newly_running:
@@ -270,7 +306,9 @@ class Engine:
             running=len(self._scheduler.admitted),
             waiting=len(self._scheduler.waiting),
             queued_prefill_tokens=sum(
-                s.remaining for s in sequences if s.state in (State.WAITING, State.RUNNING) and not s.decoding
+                s.to_compute
+                for s in sequences
+                if s.state in (State.WAITING, State.FETCHING, State.RUNNING) and not s.decoding
             ),
             prefill_ms_per_token=self._times.prefill_ms_per_token,
             decode_step_ms=self._times.decode_step_ms,

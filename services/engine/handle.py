@@ -27,6 +27,7 @@ from services.engine.messages import (
     EngineReady,
     EngineSetup,
     Gauges,
+    Lend,
     Ping,
     Refused,
     Report,
@@ -83,7 +84,7 @@ class EngineHandle:
     def sequences(self) -> int:
         return len(self._listeners)
 
-    def submit(self, submit: Submit, listener: Listener) -> None:
+    def submit(self, submit: Submit | Lend, listener: Listener) -> None:
         """Hand a sequence to the engine. Raises Overloaded beyond the bound, EngineFailed if it is gone,
         BadRequest if the sequence is here already."""
         if self.failed.is_set():

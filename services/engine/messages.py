@@ -7,6 +7,12 @@ through the engine like this, by the kind it was submitted as:
     prefill   Submit ── Admitted ── Advanced* ── Token  ── its blocks stay until Drop
     receive   Submit ── Admitted ── Landed* ── Start(first tokens) ── Token+ ── gone
 
+    Lend ── Admitted (the cached leading blocks of a chain) ── they stay until Drop
+
+A `local` or `prefill` sequence whose Submit has `fetch_tokens` and whose Admitted repeats it first waits
+for KV from another worker: Landed* ── Fetched, then the engine computes what has not landed. Whoever
+fetches must send Fetched, or Drop, once nothing writes to the blocks any more.
+
 One Submit may ask for several choices: answers to one prompt, which is computed or received once. Each
 choice has tokens and a finish of its own; the sequence is gone with its last choice.
 
@@ -59,6 +65,15 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     salt: str = ""
     choices: tuple[int, ...] = (0,)  # their numbers among all choices of the request
+    fetch_tokens: int = 0  # leading tokens whose KV another worker is believed to have
+
+
+class Lend(msgspec.Struct, frozen=True, tag=True):
+    """Keep the cached leading blocks of `token_ids` for a reader on another worker, until Drop."""
+
+    seq_id: str
+    token_ids: list[int]
+    salt: str
 
 
 class Landed(msgspec.Struct, frozen=True, tag=True):
@@ -68,6 +83,12 @@ class Landed(msgspec.Struct, frozen=True, tag=True):
     seq_id: str
     tokens: int
     proven: int = 0
+
+
+class Fetched(msgspec.Struct, frozen=True, tag=True):
+    """The fetch of a prefix has ended, well or not: compute what has not landed."""
+
+    seq_id: str
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -92,14 +113,16 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """Asks for a report, as a sign of life: the engine reads commands only between two steps."""
 
 
-Command = Submit | Landed | Start | Drop | DropChoice | Ping
+Command = Submit | Lend | Landed | Fetched | Start | Drop | DropChoice | Ping
 
 
 class Admitted(msgspec.Struct, frozen=True):
     seq_id: str
-    block_ids: list[int]  # of a reservation: all its blocks, in order; else those of the cached prefix
+    # Of a reservation: all its blocks, in order. Else those of the cached prefix, and of that to be fetched.
+    block_ids: list[int]
     cached_tokens: int  # the leading part of the known tokens that was already computed
     queue_ms: float
+    fetch_tokens: int = 0  # the sequence waits for the KV of all tokens before; 0: for nothing
 
 
 class Refused(msgspec.Struct, frozen=True):

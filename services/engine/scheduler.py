@@ -3,7 +3,8 @@
 One budget, no phases. Decoding sequences come first, one token each. What is left of the step goes
 to sequences with uncomputed tokens, oldest first, at least one block each step if any waits; waiting
 sequences are admitted when the older ones leave some of it. A sequence that computes here gets its
-blocks chunk by chunk, a reservation all at once. When a
+blocks chunk by chunk, a reservation all at once; one that first fetches a prefix from another worker
+gets the prefix's blocks, and lets those behind it pass until the KV is there. When a
 decoding sequence needs a block and none is available, room is made in this order: cached blocks
 (the pool evicts them by itself), the newest reservation (asked back: its blocks come with a later
 command, since KV may still be landing in them), the newest preemptible sequence.
@@ -106,9 +107,23 @@ class Scheduler:
         # A sequence that computes here must compute at least its last token, to get logits.
         while self.waiting and self._admit(self.waiting[0], self.waiting[0].known - 1):
             sequence = self.waiting.popleft()
-            sequence.state = State.RUNNING
             self.newly_running.append(sequence)
+            if self._begins_fetch(sequence):
+                continue  # those behind it need not wait
+            sequence.state = State.RUNNING
             yield sequence
+
+    def _begins_fetch(self, sequence: Sequence) -> bool:
+        """Give a sequence that was just admitted the blocks for the KV that others have of it, if any."""
+        size = self._pool.block_size
+        sequence.fetch_tokens = min(sequence.fetch_tokens, sequence.known - 1) // size * size
+        if sequence.fetch_tokens <= sequence.computed:
+            sequence.fetch_tokens = 0
+            return False
+        sequence.state = State.FETCHING
+        missing = sequence.fetch_tokens // size - len(sequence.blocks)
+        sequence.blocks.extend(self._pool.allocate(missing))
+        return True
 
     def _admit(self, sequence: Sequence, reusable_tokens: int, keep_free: int = 0) -> bool:
         """Let a sequence in with its cached prefix, if all its known tokens would find room now."""

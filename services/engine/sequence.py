@@ -26,11 +26,12 @@ from services.engine.runner import Sample
 
 
 class State(Enum):
-    """local:    WAITING -> RUNNING (-> WAITING when preempted)
-    prefill:  WAITING -> RUNNING -> HELD
+    """local:    WAITING (-> FETCHING) -> RUNNING (-> WAITING when preempted)
+    prefill:  WAITING (-> FETCHING) -> RUNNING -> HELD
     receive:  WAITING -> RECEIVING (-> REVOKED) -> RUNNING, then as local"""
 
     WAITING = auto()  # owns no block
+    FETCHING = auto()  # KV of its prefix is on its way into its blocks
     RECEIVING = auto()  # its blocks are reserved, KV is on its way
     REVOKED = auto()  # its reservation was asked back; the blocks stay until it is dropped
     RUNNING = auto()
@@ -49,6 +50,7 @@ class Sequence:
         self.arrived_s = arrived_s
         self.state = State.WAITING
         self.computed = 0
+        self.fetch_tokens = submit.fetch_tokens  # what another worker has, until that is fetched or cached
         self.blocks: list[int] = []
         self.reported = False  # its admission was reported
         self._root = root
@@ -63,6 +65,11 @@ class Sequence:
     def remaining(self) -> int:
         """Known tokens that still have to be computed."""
         return len(self.tokens) - self.computed
+
+    @property
+    def to_compute(self) -> int:
+        """Of the remaining tokens those that are not expected from another worker."""
+        return len(self.tokens) - max(self.computed, self.fetch_tokens)
 
     @property
     def decoding(self) -> bool:
