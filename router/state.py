@@ -145,9 +145,9 @@ class Route:
         return self._worker("decode") or self._worker("alone")
 
     @property
-    def fetch(self) -> Fetch | None:
-        """What the worker that computes the prompt fetches first."""
-        return self.chosen[0].fetch
+    def computes(self) -> Offer:
+        """The offer of the worker that computes the prompt."""
+        return self.chosen[0]
 
     @property
     def cost_ms(self) -> float:
@@ -156,7 +156,7 @@ class Route:
     @property
     def expected_ttft_ms(self) -> float:
         """Time to first token: it leaves the worker that computes the prompt, before any transfer."""
-        first = self.chosen[0]
+        first = self.computes
         return first.queue_ms + first.fetch_ms + first.prefill_ms
 
     @property

@@ -19,6 +19,10 @@ class GatewayConfig:
         default="auto",
         metadata={"help": "prefill and decode on two workers: by cost, whenever possible, or never"},
     )
+    prefix_fetch: bool = field(
+        default=False,
+        metadata={"help": "workers fetch cached prefixes from each other when that beats computing them"},
+    )
     inflight_max: int = field(
         default=256, metadata={"help": "requests in this gateway at the same time; more get 429"}
     )

@@ -43,7 +43,7 @@ class Gateway:
         self.prompts = PromptReader(
             model, lambda: self.view.context_tokens_max(model.context_tokens_max), self._rng
         )
-        options = RouteOptions(split=config.route_split, fetch=False)  # until workers can
+        options = RouteOptions(split=config.route_split, fetch=config.prefix_fetch)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
         self._line = WaitingLine(clock)
         self.metrics.waiting.set_function(lambda: len(self._line))

@@ -10,7 +10,14 @@ from router.state import Route
 from services.core.errors import DiptychError
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerReport
-from services.gateway.worker_client import OutputToken, PrefillResult, Reserved, Sequence, Started
+from services.gateway.worker_client import (
+    OutputToken,
+    PrefillResult,
+    PrefixSource,
+    Reserved,
+    Sequence,
+    Started,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class Routed:
     route: Route
     prefill: WorkerReport | None
     decode: WorkerReport | None
+    prefix: PrefixSource | None = None  # what the one that computes the prompt may fetch
 
     @property
     def kind(self) -> str:

@@ -123,6 +123,7 @@ class Journal:
             route=_ms(visits(Stage.ADMITTED) + visits(Stage.ROUTED)),
             queue=round(computing.queue_ms, 3) if computing else 0.0,
             prefill=round(prefill.compute_ms, 3) if prefill else _ms(visits(Stage.PREFILLING)),
+            fetch=round(computing.fetch_ms, 3) if computing else 0.0,
             transfer=round(started.transfer_ms, 3) if started else 0.0,
             exposed_transfer=round(started.exposed_ms, 3) if started else 0.0,
             first_token=_ms(self._first_token_at - self._timeline.started_at),
@@ -133,6 +134,7 @@ class Journal:
             decode_worker=routed.decode.worker_id if routed and routed.decode else None,
             cached_tokens_prefill=prefill.cached_tokens if prefill else 0,
             cached_tokens_decode=started.cached_tokens if started else 0,
+            fetched_tokens=computing.fetched_tokens if computing else 0,
             attempts=self._attempts,
         )
 

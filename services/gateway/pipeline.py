@@ -9,15 +9,17 @@ import random
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 
+import msgspec
+
 from router.route import route
-from router.state import RouteOptions, RouteRequest
+from router.state import Route, RouteOptions, RouteRequest
 from services.core.clock import Clock
 from services.core.errors import NoWorker
 from services.core.worker_report import WorkerKey
 from services.gateway.cluster_view import ClusterView
 from services.gateway.dispatch import dispatch
 from services.gateway.generation import AttemptFailed, Event, Routed, WorkerEvent
-from services.gateway.worker_client import OutputToken, PrefillResult, Sequence, WorkerClient
+from services.gateway.worker_client import OutputToken, PrefillResult, PrefixSource, Sequence, WorkerClient
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Pipeline:
             return
         with self._view.in_flight.sent(placement.route, sequence.known_tokens):
             yield placement
+            sequence = msgspec.structs.replace(sequence, prefix=placement.prefix)
             arriving = dispatch(self._workers, sequence, placement, self._clock, deadline)
             async with aclosing(in_index_order(arriving, len(sequence.output_ids))) as events:
                 async for event in events:
@@ -72,7 +75,14 @@ class Pipeline:
             route=chosen,
             prefill=self._view.report(chosen.prefill) if chosen.prefill else None,
             decode=self._view.report(chosen.decode) if chosen.decode else None,
+            prefix=self._prefix(chosen),
         )
+
+    def _prefix(self, chosen: Route) -> PrefixSource | None:
+        offer = chosen.computes
+        if offer.fetch is None:
+            return None
+        return PrefixSource(self._view.report(offer.fetch.source), offer.ready_tokens)
 
 
 async def in_index_order(

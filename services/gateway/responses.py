@@ -25,6 +25,7 @@ class Timings(BaseModel):
     route: float  # looking for cached prefixes and a route, waiting for room included
     queue: float  # at the prefill worker, before it began to compute
     prefill: float
+    fetch: float  # of a prefix that another worker had cached, before the prefill
     transfer: float  # KV from prefill to decode worker, mostly while the prefill runs
     exposed_transfer: float  # the part after the prefill's end
     first_token: float  # from the request's arrival
@@ -35,6 +36,7 @@ class Timings(BaseModel):
     decode_worker: str | None
     cached_tokens_prefill: int
     cached_tokens_decode: int
+    fetched_tokens: int  # of the prompt: neither cached by who computed it nor computed again
     attempts: int
 
 

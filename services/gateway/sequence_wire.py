@@ -15,7 +15,7 @@ from services.wire.generated import worker_pb2
 
 
 def sequence_to_wire(sequence: Sequence) -> worker_pb2.Sequence:
-    return worker_pb2.Sequence(
+    wire = worker_pb2.Sequence(
         request_id=sequence.request_id,
         attempt=sequence.attempt,
         prompt_ids=sequence.prompt_ids,
@@ -23,6 +23,11 @@ def sequence_to_wire(sequence: Sequence) -> worker_pb2.Sequence:
         sampling=sampling_to_wire(sequence.sampling),
         salt=sequence.salt,
     )
+    if prefix := sequence.prefix:
+        wire.prefix.CopyFrom(
+            worker_pb2.PrefixSource(worker=_source_to_wire(prefix.worker), tokens=prefix.tokens)
+        )
+    return wire
 
 
 def submit_command(
@@ -30,9 +35,7 @@ def submit_command(
 ) -> worker_pb2.DecodeCommand:
     submit = worker_pb2.DecodeSubmit(sequence=sequence_to_wire(sequence), epoch=worker.epoch)
     if source is not None:
-        submit.source.worker_id = source.worker_id
-        submit.source.address = source.address
-        submit.source.epoch = source.epoch
+        submit.source.CopyFrom(_source_to_wire(source))
     return worker_pb2.DecodeCommand(submit=submit)
 
 
@@ -46,7 +49,14 @@ def token_from_wire(wire: worker_pb2.SampledToken) -> OutputToken:
 
 
 def prefill_from_wire(wire: worker_pb2.PrefillReply) -> PrefillResult:
-    return PrefillResult(token_from_wire(wire.first), wire.cached_tokens, wire.queue_ms, wire.compute_ms)
+    return PrefillResult(
+        token_from_wire(wire.first),
+        wire.cached_tokens,
+        wire.queue_ms,
+        wire.compute_ms,
+        wire.fetched_tokens,
+        wire.fetch_ms,
+    )
 
 
 def event_from_wire(wire: worker_pb2.DecodeEvent) -> DecodeEvent | DiptychError | None:
@@ -56,9 +66,21 @@ def event_from_wire(wire: worker_pb2.DecodeEvent) -> DecodeEvent | DiptychError 
             return Reserved()
         case "started":
             s = wire.started
-            return Started(s.cached_tokens, s.queue_ms, s.transferred_bytes, s.transfer_ms, s.exposed_ms)
+            return Started(
+                s.cached_tokens,
+                s.queue_ms,
+                s.transferred_bytes,
+                s.transfer_ms,
+                s.exposed_ms,
+                s.fetched_tokens,
+                s.fetch_ms,
+            )
         case "token":
             return token_from_wire(wire.token)
         case "failure":
             return from_label(wire.failure.code, wire.failure.message)
     return None
+
+
+def _source_to_wire(worker: WorkerReport) -> worker_pb2.KvSource:
+    return worker_pb2.KvSource(worker_id=worker.worker_id, address=worker.address, epoch=worker.epoch)

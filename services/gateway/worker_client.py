@@ -13,6 +13,13 @@ from services.core.sampling import FinishReason, SamplingParams
 from services.core.worker_report import WorkerReport
 
 
+class PrefixSource(msgspec.Struct, frozen=True):
+    """A worker that is believed to have the KV of the first `tokens` tokens in its cache."""
+
+    worker: WorkerReport
+    tokens: int
+
+
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt of one request. `output_ids` are the tokens that earlier attempts delivered."""
 
@@ -22,6 +29,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     output_ids: list[int]
     sampling: SamplingParams
     salt: str = ""
+    prefix: PrefixSource | None = None  # where the worker that computes the prompt may fetch a part of it
 
     @property
     def known_tokens(self) -> int:
@@ -44,6 +52,8 @@ class PrefillResult(msgspec.Struct, frozen=True):
     cached_tokens: int  # of the known tokens, found in the worker's prefix cache
     queue_ms: float
     compute_ms: float
+    fetched_tokens: int = 0  # from another worker's prefix cache
+    fetch_ms: float = 0.0
 
 
 class Reserved(msgspec.Struct, frozen=True):
@@ -58,6 +68,8 @@ class Started(msgspec.Struct, frozen=True):
     transferred_bytes: int
     transfer_ms: float  # from the pull's opening to the confirmed lease
     exposed_ms: float  # the part of it after the prefill's end
+    fetched_tokens: int = 0  # from another worker's prefix cache
+    fetch_ms: float = 0.0
 
 
 DecodeEvent = Reserved | Started | OutputToken

@@ -43,20 +43,30 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "output_ids", "sampling", "salt")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "output_ids", "sampling", "salt", "prefix")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
     salt: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., salt: _Optional[str] = ...) -> None: ...
+    prefix: PrefixSource
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., salt: _Optional[str] = ..., prefix: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
+
+class PrefixSource(_message.Message):
+    __slots__ = ("worker", "tokens")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker: KvSource
+    tokens: int
+    def __init__(self, worker: _Optional[_Union[KvSource, _Mapping]] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class SampledToken(_message.Message):
     __slots__ = ("index", "token", "finish")
@@ -87,16 +97,20 @@ class PrefillRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., epoch: _Optional[int] = ..., expect_pull: _Optional[bool] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("first", "cached_tokens", "queue_ms", "compute_ms")
+    __slots__ = ("first", "cached_tokens", "queue_ms", "compute_ms", "fetched_tokens", "fetch_ms")
     FIRST_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     first: SampledToken
     cached_tokens: int
     queue_ms: float
     compute_ms: float
-    def __init__(self, first: _Optional[_Union[SampledToken, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ...) -> None: ...
+    fetched_tokens: int
+    fetch_ms: float
+    def __init__(self, first: _Optional[_Union[SampledToken, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
     __slots__ = ("submit", "cancel")
@@ -161,15 +175,19 @@ class DecodeReserved(_message.Message):
     def __init__(self) -> None: ...
 
 class DecodeStarted(_message.Message):
-    __slots__ = ("cached_tokens", "transferred_bytes", "transfer_ms", "exposed_ms", "queue_ms")
+    __slots__ = ("cached_tokens", "transferred_bytes", "transfer_ms", "exposed_ms", "queue_ms", "fetched_tokens", "fetch_ms")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
     transferred_bytes: int
     transfer_ms: float
     exposed_ms: float
     queue_ms: float
-    def __init__(self, cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., exposed_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ...) -> None: ...
+    fetched_tokens: int
+    fetch_ms: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., exposed_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...

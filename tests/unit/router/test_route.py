@@ -267,15 +267,19 @@ class TestFetch:
             worker("d", "decode"),
         ]
         chosen = choose(workers, cached={"warm": 400})
-        assert (chosen.prefill, chosen.fetch.source, chosen.fetch.tokens) == ("cold", "warm", 400)
+        assert (chosen.prefill, chosen.computes.fetch.source, chosen.computes.fetch.tokens) == (
+            "cold",
+            "warm",
+            400,
+        )
         assert chosen.expected_ttft_ms == (20 + 400 * 0.05) + 100
 
     def test_the_prefill_worker_fetches_the_last_turns_from_the_decode_worker(self):
         workers = [worker("p", "prefill"), worker("d", "decode")]
         chosen = choose(workers, prompt=500, cached={"d": 320, "p": 64})
         assert places(chosen) == ("p", "d")
-        assert (chosen.fetch.source, chosen.fetch.tokens) == ("d", 256)
-        assert choose(workers, prompt=500, cached={"d": 64, "p": 320}).fetch is None
+        assert (chosen.computes.fetch.source, chosen.computes.fetch.tokens) == ("d", 256)
+        assert choose(workers, prompt=500, cached={"d": 64, "p": 320}).computes.fetch is None
 
     def test_a_decode_worker_that_can_fetch_all_but_a_little_does_the_rest_alone(self):
         workers = [
@@ -284,26 +288,26 @@ class TestFetch:
             worker("d2", "decode"),
         ]
         chosen = choose(workers, prompt=500, cached={"d1": 480})
-        assert (places(chosen), chosen.fetch.source) == ((None, "d2"), "d1")
+        assert (places(chosen), chosen.computes.fetch.source) == ((None, "d2"), "d1")
 
     def test_few_blocks_are_not_worth_a_fetch(self):
         workers = [worker("p", "prefill", prefill_ms_per_token=100.0), worker("d", "decode", running=9)]
-        assert choose(workers, prompt=500, cached={"d": 63}).fetch is None
-        assert choose(workers, prompt=500, cached={"d": 64}).fetch.tokens == 64
+        assert choose(workers, prompt=500, cached={"d": 63}).computes.fetch is None
+        assert choose(workers, prompt=500, cached={"d": 64}).computes.fetch.tokens == 64
 
     def test_a_fast_model_computes_rather_than_fetches(self):
         def cluster(ms_per_token):
             return [worker("p", "prefill", prefill_ms_per_token=ms_per_token), worker("d", "decode")]
 
         # 400 tokens arrive in 40 ms, which is three quarters of 400 * 0.1333 ms.
-        assert choose(cluster(0.14), cached={"d": 400}).fetch is not None
-        assert choose(cluster(0.13), cached={"d": 400}).fetch is None
+        assert choose(cluster(0.14), cached={"d": 400}).computes.fetch is not None
+        assert choose(cluster(0.13), cached={"d": 400}).computes.fetch is None
 
     def test_the_last_token_of_a_prompt_is_never_fetched(self):
         workers = [worker("p", "prefill"), worker("d", "decode", running=9)]
         options = replace(EXACT, split="always")
-        assert choose(workers, prompt=496, cached={"d": 496}, options=options).fetch.tokens == 480
-        assert choose(workers, prompt=497, cached={"d": 496}, options=options).fetch.tokens == 496
+        assert choose(workers, prompt=496, cached={"d": 496}, options=options).computes.fetch.tokens == 480
+        assert choose(workers, prompt=497, cached={"d": 496}, options=options).computes.fetch.tokens == 496
 
     def test_a_draining_worker_lends_and_a_suspected_one_does_not(self):
         def cluster(lends):
@@ -313,8 +317,8 @@ class TestFetch:
                 worker("d", "decode"),
             ]
 
-        assert choose(cluster(True), cached={"gone": 400}).fetch.source == "gone"
-        assert choose(cluster(False), cached={"gone": 400}).fetch is None
+        assert choose(cluster(True), cached={"gone": 400}).computes.fetch.source == "gone"
+        assert choose(cluster(False), cached={"gone": 400}).computes.fetch is None
 
     def test_of_two_equal_sources_the_idler_lends(self):
         workers = [
@@ -323,12 +327,12 @@ class TestFetch:
             worker("p", "prefill"),
             worker("d", "decode"),
         ]
-        assert choose(workers, cached={"busy": 400, "idle": 400}).fetch.source == "idle"
+        assert choose(workers, cached={"busy": 400, "idle": 400}).computes.fetch.source == "idle"
 
     def test_a_single_token_may_be_fetched_for_too(self):
         workers = [worker("p", "prefill"), worker("d", "decode")]
         chosen = choose(workers, max_tokens=1, cached={"d": 400})
-        assert (places(chosen), chosen.fetch.source) == (("p", None), "d")
+        assert (places(chosen), chosen.computes.fetch.source) == (("p", None), "d")
 
 
 class TestChoice:
@@ -349,7 +353,7 @@ class TestChoice:
         chosen = choose(workers, cached={"d2": 160, "p": 320})
         assert places(chosen) == ("p", "d2")
         assert [offer.cached_tokens for offer in chosen.chosen] == [320, 160]
-        assert chosen.fetch is None
+        assert chosen.computes.fetch is None
 
     def test_a_decode_worker_without_room_is_left_out_while_another_has_it(self):
         workers = [
