@@ -28,10 +28,10 @@ def compatibility(block_size: int = 4) -> Compatibility:
     )
 
 
-def build_engine(pool: memoryview, blocks: int, limits: Limits = LIMITS) -> Engine:
-    runner = ArithmeticRunner(geometry(blocks), pool)
-    generations = geometry(blocks).generations(pool)
-    return Engine(runner, compatibility(), blocks, limits, SystemClock(), generations)
+def build_engine(pool: memoryview, blocks: int, limits: Limits = LIMITS, block_size: int = 4) -> Engine:
+    shape = geometry(blocks, block_size)
+    runner, generations = ArithmeticRunner(shape, pool), shape.generations(pool)
+    return Engine(runner, compatibility(block_size), blocks, limits, SystemClock(), generations)
 
 
 class InProcessEngine(EngineHandle):
@@ -40,11 +40,12 @@ class InProcessEngine(EngineHandle):
         blocks: int = 64,
         on_report: Callable[[Report], None] = lambda report: None,
         limits: Limits = LIMITS,
+        block_size: int = 4,
     ) -> None:
         super().__init__(sequences_max=1_000, on_report=on_report, clock=SystemClock())
-        self.geometry = geometry(blocks)
+        self.geometry = geometry(blocks, block_size)
         self.pool = memoryview(bytearray(self.geometry.shared_bytes))
-        self.engine = build_engine(self.pool, blocks, limits)
+        self.engine = build_engine(self.pool, blocks, limits, block_size)
         self.paused = False
         self._commands: list[Command] = []
         self._scheduled = False

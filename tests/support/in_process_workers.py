@@ -27,9 +27,11 @@ BOUNDS = SequenceBounds(vocab_size=50_000, context_tokens_max=200)
 
 
 class PrefillWorker:
-    def __init__(self, blocks: int = 64, lease_ttl_s: float = 5.0, pull_wait_s: float = 0.3) -> None:
+    def __init__(
+        self, blocks: int = 64, lease_ttl_s: float = 5.0, pull_wait_s: float = 0.3, block_size: int = 4
+    ) -> None:
         clock = SystemClock()
-        self.engine = InProcessEngine(blocks)
+        self.engine = InProcessEngine(blocks, block_size=block_size)
         self.incarnation = Incarnation(WorkerKey("p", 11))
         self.failures: list[DiptychError] = []
         memory = PoolMemory(self.engine.geometry, self.engine.pool)
@@ -38,7 +40,7 @@ class PrefillWorker:
         self._service = PrefillService(
             self.engine, self.leases, self.incarnation, BOUNDS, clock, pull_wait_s, self.failures.append
         )
-        self._kv = KvServer(self.leases, memory, compatibility(), 11, clock, pull_wait_s)
+        self._kv = KvServer(self.leases, memory, compatibility(block_size), 11, clock, pull_wait_s)
 
     def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
         self.engine.drop(transfer_id)
@@ -50,13 +52,13 @@ class PrefillWorker:
 
 
 class DecodeWorker:
-    def __init__(self, blocks: int = 64) -> None:
-        self.engine = InProcessEngine(blocks)
+    def __init__(self, blocks: int = 64, block_size: int = 4) -> None:
+        self.engine = InProcessEngine(blocks, block_size=block_size)
         self.incarnation = Incarnation(WorkerKey("d", 22))
         self.received: list[Received] = []
         self.failures: list[DiptychError] = []
         self.broken_pulls: list[DiptychError] = []
-        self._transport = GrpcKvTransport(compatibility())
+        self._transport = GrpcKvTransport(compatibility(block_size))
         memory = PoolMemory(self.engine.geometry, self.engine.pool)
         self.parts = DecodeParts(
             self.engine,

@@ -105,6 +105,25 @@ async def test_the_answer_is_that_of_one_worker_alone() -> None:
         await pair.idle()
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 8), (8, 4), (2, 16), (16, 1)])
+async def test_workers_with_different_block_sizes_give_the_same_answer(theirs: int, ours: int) -> None:
+    """Two turns: in the second both workers reuse what they have, each in blocks of its own size."""
+    first = await alone(sequence())
+    turn = PROMPT + first
+    second = await alone(sequence(prompt=turn))
+    workers = PrefillWorker(block_size=theirs), DecodeWorker(block_size=ours)
+    async with running_pair(*workers) as pair:
+        session = Session(pair)
+        for name, prompt, expected in (("one", PROMPT, first), ("two", turn, second)):
+            prefill = pair.run_prefill(sequence(name, prompt))
+            await session.submit(sequence(name, prompt), pair.source())
+            reply = await prefill
+            assert [reply.first.token, *await session.tokens(name)] == expected
+        assert (reply.cached_tokens > 0) == (theirs <= len(PROMPT))
+        await session.close()
+        await pair.idle()
+
+
 async def test_either_side_may_come_first() -> None:
     async with running_pair() as pair:
         session = Session(pair)

@@ -141,6 +141,13 @@ async def test_only_compatible_workers_get_equal_keys(world) -> None:
     assert first == second != third
 
 
+async def test_workers_that_differ_only_in_their_block_size_can_be_paired(world) -> None:
+    small = Compatibility(model="m", revision="r", layout="l", block_size=4)
+    await world.announce(D1, report("d3", "decode", compatibility=small))
+    first, second = (view.compatibility for view in world.view.worker_views())
+    assert first == second
+
+
 class TestLocate:
     async def test_caches_are_found_per_block_size_and_given_in_tokens(self, world) -> None:
         small = Compatibility(model="m", revision="r", layout="l", block_size=4)
