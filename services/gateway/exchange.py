@@ -85,7 +85,7 @@ class Exchange(Response):
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
         generation = await self._gateway.prompts.read(self._body, self._request_id, deadline)
-        self._journal.admit(len(generation.prompt_ids))
+        self._journal.admit(len(generation.prompt_ids), generation.sampling.seed)
         context = {"request_id": self._request_id}
         logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
         async with aclosing(self._gateway.answer(generation, self._journal)) as deltas:

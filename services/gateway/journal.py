@@ -17,7 +17,7 @@ class Journal:
     def __init__(self, endpoint: str, clock: Clock, metrics: GatewayMetrics, received_at: float) -> None:
         self._endpoint, self._clock, self._metrics = endpoint, clock, metrics
         self._timeline = Timeline(clock, metrics.leave_stage, started_at=received_at)
-        self._prompt_tokens = 0
+        self._prompt_tokens = self._seed = 0
         self._completion_tokens = 0
         self._cached_tokens: int | None = None  # of the prompt, where it was first computed
         self._attempts = 0
@@ -42,9 +42,9 @@ class Journal:
             raise
         self._end(Stage.FINISHED, "ok")
 
-    def admit(self, prompt_tokens: int) -> None:
+    def admit(self, prompt_tokens: int, seed: int) -> None:
         """The request is understood, and there is room for it in the gateway."""
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens, self._seed = prompt_tokens, seed
         self._timeline.enter(Stage.ADMITTED)
 
     def record(self, event: Event) -> None:
@@ -136,6 +136,7 @@ class Journal:
             cached_tokens_decode=started.cached_tokens if started else 0,
             fetched_tokens=computing.fetched_tokens if computing else 0,
             attempts=self._attempts,
+            seed=self._seed,
         )
 
 

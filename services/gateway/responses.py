@@ -38,6 +38,7 @@ class Timings(BaseModel):
     cached_tokens_decode: int
     fetched_tokens: int  # of the prompt: neither cached by who computed it nor computed again
     attempts: int
+    seed: int  # the client's, or the one that was drawn: with it the same request gives the same answer
 
 
 class ChatAnswer(BaseModel):

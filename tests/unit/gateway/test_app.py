@@ -87,6 +87,14 @@ async def test_without_prefill_workers_the_decode_worker_does_all(start_cluster)
     assert cluster.metric("routes_total", kind="decode_alone") == 1
 
 
+async def test_timings_tell_the_seed_that_drew_the_answer(cluster) -> None:
+    body = {"model": MODEL, "prompt": "a", "timings": True}
+    given = (await cluster.http.post("/v1/completions", json=body | {"seed": 7})).json()["timings"]
+    drawn = (await cluster.http.post("/v1/completions", json=body)).json()["timings"]
+    assert given["seed"] == cluster.workers.calls[0].sequence.sampling.seed == 7
+    assert drawn["seed"] == cluster.workers.calls[-1].sequence.sampling.seed
+
+
 async def test_requested_timings_come_with_the_answer_and_on_the_last_chunk(cluster) -> None:
     body = {"model": MODEL, "messages": HELLO, "timings": True}
     whole = (await cluster.http.post("/v1/chat/completions", json=body)).json()

@@ -45,7 +45,7 @@ class Told:
 @pytest.fixture
 def told() -> Told:
     told = Told()
-    told.journal.admit(prompt_tokens=10)
+    told.journal.admit(prompt_tokens=10, seed=5)
     return told
 
 
