@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := services router kernels loadtest tests
 
-.PHONY: setup run-setup demo up test test-full lint format proto bench-kv clean
+.PHONY: setup run-setup demo up test test-full lint format proto chaos bench-kv clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -48,6 +48,10 @@ format: setup
 
 proto: setup
 	@$(PY) -m services.wire.generate
+
+# Parts of a real cluster are killed, stopped and drained under load (SECONDS=600, SEED=1).
+chaos: setup
+	@$(PY) -m tests.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1) --json chaos.json
 
 # The share of allocated KV slots that hold no token, on real request lengths (LENGTHS=file.csv).
 bench-kv: setup

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from services.launch.cluster_state import ClusterState
 from services.membership.redis_membership import RedisMembership
 from tests.support.scrape import Scrape, scrape
 
+ROOT = Path(__file__).resolve().parents[2]
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 QUIET_TIMEOUT_S = 20.0  # a lease that nobody released lives for 5 s; a killed worker is back in about 6 s
@@ -51,6 +53,7 @@ class RunningCluster:
         command = [sys.executable, "-m", "services.launch.cli", *arguments]
         environment = {
             **os.environ,
+            "PYTHONPATH": str(ROOT),  # this checkout, whichever one is installed
             "DIPTYCH_HOME": str(home),
             "DIPTYCH_GATEWAY__ROUTE_SPLIT": spec.split,
         }
@@ -81,8 +84,11 @@ class RunningCluster:
 
     def processes(self) -> dict[str, psutil.Process]:
         """All processes below `up`: "gateway", "valkey", "decode-0", and "decode-0 engine"."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return {_process_name(process): process for process in found}
+        named: dict[str, psutil.Process] = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                named[_process_name(process)] = process
+        return named
 
     async def reports(self) -> list[WorkerReport]:
         membership = RedisMembership(self.state.redis_url)
@@ -118,11 +124,11 @@ class RunningCluster:
         holds no request. Fails with the numbers.
         """
         deadline = time.monotonic() + timeout_s
-        while remains := await self._remains():
+        while remains := await self.remains():
             assert time.monotonic() < deadline, f"not quiet after {timeout_s:g} s: {'; '.join(remains)}"
             await asyncio.sleep(POLL_S)
 
-    async def _remains(self) -> list[str]:
+    async def remains(self) -> list[str]:
         """What still has to go, in words."""
         try:
             gateway, workers = await self.gateway_metrics(), await self.worker_metrics()

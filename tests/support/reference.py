@@ -33,6 +33,11 @@ class Reference:
         return self._checked[key]
 
     @torch.inference_mode()
+    def next_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """float32 [vocab]: the scores of what may follow `token_ids`."""
+        return self._model(torch.tensor([list(token_ids)]), logits_to_keep=1, use_cache=False).logits[0, 0]
+
+    @torch.inference_mode()
     def _count_ties(self, prompt_ids: tuple[int, ...], output_ids: tuple[int, ...]) -> int:
         known = torch.tensor([[*prompt_ids, *output_ids[:-1]]])
         logits = self._model(known, logits_to_keep=len(output_ids), use_cache=False).logits[0]

@@ -19,6 +19,11 @@ class Scrape:
         """The sum of the samples of `name` that have `labels`; 0 for a series that does not exist yet."""
         return sum(v for n, has, v in self.samples if n == name and labels.items() <= has.items())
 
+    def by_label(self, name: str, label: str) -> dict[str, float]:
+        """The samples of `name`, summed for each value of `label`."""
+        values = {labels[label] for n, labels, _ in self.samples if n == name and label in labels}
+        return {value: self.value(name, **{label: value}) for value in sorted(values)}
+
     def has(self, name: str) -> bool:
         return any(sample[0] == name for sample in self.samples)
 

@@ -1,0 +1,111 @@
+"""What a chaos run found: numbers for people and for programs, and whether the cluster has passed."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from loadtest.summary import percentile
+from tests.chaos.client import Reply
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    seconds: float
+    seed: int
+    requests: int
+    completed: int
+    hung_up: int  # clients that left, as planned
+    failed: int
+    resumed: int  # completed after a second attempt or more
+    attempts_max: int
+    different: int  # answers that are not the undisturbed run's
+    ties: int  # answers that differ where the two best scores are the same but for rounding
+    unseeded_checked: int  # resumed answers to a drawn seed, asked again with it
+    usage_mistakes: int
+    held: list[str]  # blocks, leases, sequences and requests that were left, in words
+    pause_ms_max: float  # between two chunks of a stream
+    first_token_ms_p50: float
+    first_token_ms_p99: float
+    faults: dict[str, int]
+    retries: dict[str, int]  # by error, as the gateway counts them
+    problems: list[str]  # one line for each failed, different or miscounted answer
+
+    @property
+    def violations(self) -> list[str]:
+        """What must not happen while a worker of each needed kind is well."""
+        counts = {
+            "failed requests": self.failed,
+            "answers that differ from the undisturbed run's": self.different,
+            "usage mistakes": self.usage_mistakes,
+            "things left over": len(self.held),
+        }
+        found = [f"{count} {what}" for what, count in counts.items() if count]
+        return found if self.completed else [*found, "no answer was completed"]
+
+    def __str__(self) -> str:
+        rows = [
+            ("seconds, seed", f"{self.seconds:.0f}, {self.seed}"),
+            ("requests", f"{self.requests}: {self.completed} completed, {self.hung_up} hung up"),
+            ("failed", self.failed),
+            ("resumed", f"{self.resumed}, at most {self.attempts_max} attempts"),
+            ("different from undisturbed", f"{self.different}, and {self.ties} ties"),
+            ("unseeded, asked again", self.unseeded_checked),
+            ("usage mistakes", self.usage_mistakes),
+            ("left over", "; ".join(self.held) or "nothing"),
+            ("longest pause in a stream", f"{self.pause_ms_max:.0f} ms"),
+            (
+                "time to first token",
+                f"p50 {self.first_token_ms_p50:.0f}, p99 {self.first_token_ms_p99:.0f} ms",
+            ),
+            *((f"fault: {name}", count) for name, count in sorted(self.faults.items())),
+            *((f"retry: {name}", count) for name, count in sorted(self.retries.items())),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:{width}}  {value}" for name, value in rows]
+        return "\n".join([*lines, *self.problems, *(f"VIOLATION: {text}" for text in self.violations)])
+
+
+class Findings:
+    """Collected while a run goes on and afterwards, until the report is made."""
+
+    def __init__(self) -> None:
+        self.replies: list[Reply] = []
+        self.different: list[str] = []
+        self.ties = 0
+        self.unseeded_checked = 0
+        self.held: list[str] = []
+
+    def report(self, seconds: float, seed: int, faults: Counter[str], retries: dict[str, int]) -> Report:
+        ends = Counter(reply.end for reply in self.replies)
+        mistakes = [_line(r, r.usage_mistake) for r in self.replies if r.usage_mistake]
+        failures = [_line(r, r.problem) for r in self.replies if r.end == "failed"]
+        first_s = sorted(r.first_token_s for r in self.replies if r.first_token_s is not None)
+        return Report(
+            seconds=seconds,
+            seed=seed,
+            requests=len(self.replies),
+            completed=ends["completed"],
+            hung_up=ends["hung_up"],
+            failed=ends["failed"],
+            resumed=sum(r.end == "completed" and r.resumed for r in self.replies),
+            attempts_max=max((r.timings.get("attempts", 1) for r in self.replies), default=0),
+            different=len(self.different),
+            ties=self.ties,
+            unseeded_checked=self.unseeded_checked,
+            usage_mistakes=len(mistakes),
+            held=self.held,
+            pause_ms_max=max((r.longest_pause_s for r in self.replies), default=0.0) * 1e3,
+            first_token_ms_p50=_percentile_ms(first_s, 50),
+            first_token_ms_p99=_percentile_ms(first_s, 99),
+            faults=dict(faults),
+            retries=retries,
+            problems=[*failures, *self.different, *mistakes],
+        )
+
+
+def _line(reply: Reply, what: str) -> str:
+    return f"request {reply.ask.number} ({reply.ask.kind}), {len(reply.token_ids)} tokens: {what}"
+
+
+def _percentile_ms(ordered_s: Sequence[float], percent: float) -> float:
+    return percentile(ordered_s, percent) * 1e3 if ordered_s else 0.0

@@ -1,0 +1,47 @@
+"""Whether two answers to one request part at a tie: where rounding decides, not what was computed.
+
+In float32 the order of sums depends on what else is in a step, so two tokens whose scores, noise
+included, are within TIE of each other may come out either way. An independent implementation of the
+model computes the scores at the first difference; the sampler then shows which tokens are that near.
+"""
+
+import random
+from pathlib import Path
+
+from services.engine.device.sampler import sample_tokens
+from services.engine.runner import Sample
+from services.gateway.generation import Generation
+from services.gateway.prompt import PromptReader
+from services.gateway.schema import ChatCompletionRequest, CompletionRequest
+from services.gateway.served_model import ServedModel
+from services.model.files import open_model
+from tests.chaos.workload import Ask
+from tests.support.reference import TIE, Reference
+
+
+class TieJudge:
+    def __init__(self, gguf: Path) -> None:
+        self._gguf = gguf
+        self._reference: Reference | None = None  # a second copy of the model: only if answers differ
+
+    async def parts_at_tie(self, ask: Ask, one: list[int], other: list[int]) -> bool:
+        """Whether two different answers, as token ids, are both right."""
+        at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+        if at is None:  # one goes on where the other ends: no rounding does that
+            return False
+        if self._reference is None:
+            self._reference = Reference(self._gguf)
+        generation = await self._read(ask)
+        logits = self._reference.next_logits([*generation.prompt_ids, *one[:at]])
+        sample = Sample(generation.prompt_ids, one[:at], generation.sampling)
+        best = sample_tokens(logits[None], [sample])[0]
+        logits[best] -= TIE * (generation.sampling.temperature or 1.0)
+        second = sample_tokens(logits[None], [sample])[0]
+        return {one[at], other[at]} == {best, second}
+
+    async def _read(self, ask: Ask) -> Generation:
+        """The request as the gateway reads it."""
+        kind = ChatCompletionRequest if "messages" in ask.body else CompletionRequest
+        model = ServedModel.of(open_model(self._gguf))
+        reader = PromptReader(model, lambda: 1 << 20, random.Random(0))
+        return await reader.read(kind.model_validate(ask.body), "judged", deadline=0.0)
