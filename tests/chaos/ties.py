@@ -6,7 +6,10 @@ model computes the scores at the first difference; the sampler then shows which 
 """
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from services.engine.device.sampler import sample_tokens
 from services.engine.runner import Sample
@@ -18,22 +21,26 @@ from services.model.files import open_model
 from tests.chaos.workload import Ask
 from tests.support.reference import TIE, Reference
 
+NextLogits = Callable[[Sequence[int]], Tensor]  # of the token after these, as Reference.next_logits
+
 
 class TieJudge:
-    def __init__(self, gguf: Path) -> None:
+    """`next_logits` is the independent implementation's: loaded when answers differ, if not given."""
+
+    def __init__(self, gguf: Path, next_logits: NextLogits | None = None) -> None:
         self._gguf = gguf
-        self._reference: Reference | None = None  # a second copy of the model: only if answers differ
+        self._next_logits = next_logits
 
     async def parts_at_tie(self, ask: Ask, one: list[int], other: list[int]) -> bool:
         """Whether two different answers, as token ids, are both right."""
         at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
         if at is None:  # one goes on where the other ends: no rounding does that
             return False
-        if self._reference is None:
-            self._reference = Reference(self._gguf)
+        if self._next_logits is None:
+            self._next_logits = Reference(self._gguf).next_logits
         generation = await self._read(ask)
-        logits = self._reference.next_logits([*generation.prompt_ids, *one[:at]])
-        sample = Sample(generation.prompt_ids, one[:at], generation.sampling)
+        logits = self._next_logits([*generation.prompt_ids, *one[:at]]).clone()
+        sample = Sample(generation.sampling, generation.prompt_ids, one[:at])
         best = sample_tokens(logits[None], [sample])[0]
         logits[best] -= TIE * (generation.sampling.temperature or 1.0)
         second = sample_tokens(logits[None], [sample])[0]
