@@ -56,9 +56,12 @@ def _may_be_alone(offer: Offer, costs: CostModel) -> bool:
 
 
 def _roomy(workers: list[WorkerView], request: RouteRequest) -> list[WorkerView]:
-    """Those that have blocks for the prompt and one to grow into, or all if none has."""
-    with_room = [w for w in workers if w.blocks_available > -(-request.prompt_tokens // w.block_size)]
-    return with_room or workers
+    """Those that have blocks for the prompt and one for each choice to grow into, or all if none has."""
+
+    def needed(worker: WorkerView) -> int:
+        return -(-request.prompt_tokens // worker.block_size) + request.choices
+
+    return [w for w in workers if w.blocks_available >= needed(w)] or workers
 
 
 def _pairs(

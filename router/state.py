@@ -33,6 +33,7 @@ class WorkerView:
 class RouteRequest:
     prompt_tokens: int  # all tokens that need KV before the next one: for a resume, the delivered ones too
     max_tokens: int  # still to be generated
+    choices: int = 1  # answers to the one prompt, which share its blocks
     excluded: frozenset[str] = frozenset()  # workers that already failed this request
 
 

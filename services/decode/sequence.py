@@ -4,19 +4,31 @@
                          └─ source ── receive_kv ── Start ─────── Token*
                                          └ failed, revoked or cancelled ── Drop
 
+It may have several choices: one transfer, and after it tokens, a finish or a cancel of each.
+
 The blocks are written by the receiving task alone, and dropped only after that task has ended: no
 block is reused while KV may still land in it.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from services.core.clock import Clock
 from services.core.errors import DiptychError, EngineFailed, Overloaded, facts, from_label
 from services.engine.handle import EngineHandle, Event
-from services.engine.messages import Admitted, Advanced, Landed, Refused, Revoked, Start, Submit, Token
+from services.engine.messages import (
+    Admitted,
+    Advanced,
+    DropChoice,
+    Landed,
+    Refused,
+    Revoked,
+    Start,
+    Submit,
+    Token,
+)
 from services.transfer.destination import Destination
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import KvSource, KvTransport
@@ -60,6 +72,7 @@ class DecodeSequence:
         self._parts = parts
         self._emit = emit
         self._on_end = on_end
+        self._open = set(submit.choices)  # neither ended nor cancelled
         self._receiving: asyncio.Task[Received] | None = None
         self._cancelled = False  # on request, so that nobody waits for a last word
         self._revoked = False
@@ -73,6 +86,15 @@ class DecodeSequence:
         """End it without a word to the gateway; a running receive ends first."""
         self._cancelled = True
         self._stop()
+
+    def cancel_choices(self, choices: Iterable[int]) -> None:
+        """End these choices; the last one ends all."""
+        for choice in self._open.intersection(choices):
+            self._open.remove(choice)
+            if self._open:
+                self._parts.engine.send(DropChoice(self._submit.seq_id, choice))
+            else:
+                self.cancel()
 
     def _stop(self) -> None:
         if self._is_receiving:
@@ -90,10 +112,7 @@ class DecodeSequence:
             case Admitted():
                 self._admitted(event)
             case Token():
-                self._emit(sampled_to_wire(event.index, event.token, event.finish))
-                if event.finish:
-                    self._parts.engine.forget(self._submit.seq_id)
-                    self._end()
+                self._token(event)
             case Refused():  # the engine does not have the sequence, or is gone itself
                 self._fail(from_label(event.code, event.message))
             case Revoked():
@@ -102,6 +121,16 @@ class DecodeSequence:
                     self._stop()
             case Advanced():
                 raise AssertionError("only a prefill sequence advances")
+
+    def _token(self, event: Token) -> None:
+        if event.choice not in self._open:
+            return  # it crossed the choice's cancel
+        self._emit(sampled_to_wire(event.index, event.token, event.finish, event.choice))
+        if event.finish:
+            self._open.remove(event.choice)
+            if not self._open:
+                self._parts.engine.forget(self._submit.seq_id)
+                self._end()
 
     def _admitted(self, event: Admitted) -> None:
         if self._source is None:
@@ -141,7 +170,9 @@ class DecodeSequence:
 
     def _start(self, admitted: Admitted, received: Received) -> None:
         self._parts.on_received(received)
-        if received.first.finish:  # the answer ended at its first token, which the gateway has from P
+        # Choices may have ended at their first token, which the gateway has from P.
+        self._open -= {first.choice for first in received.firsts if first.finish}
+        if not self._open:
             self._end()
             return
         self._emit(
@@ -153,7 +184,8 @@ class DecodeSequence:
                 exposed_ms=received.exposed_ms,
             )
         )
-        self._parts.engine.send(Start(self._submit.seq_id, {0: received.first.token}))
+        firsts = {first.choice: first.token for first in received.firsts if first.choice in self._open}
+        self._parts.engine.send(Start(self._submit.seq_id, firsts))
 
     def _fail(self, error: DiptychError) -> None:
         if self._ended:

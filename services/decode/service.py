@@ -42,7 +42,10 @@ class Session:
         elif command.HasField("cancel"):
             seq_id = attempt_id(command.cancel.request_id, command.cancel.attempt)
             if sequence := self._sequences.get(seq_id):
-                sequence.cancel()
+                if command.cancel.choice_ids:
+                    sequence.cancel_choices(command.cancel.choice_ids)
+                else:
+                    sequence.cancel()
 
     async def events(self) -> worker_pb2.DecodeEvents | None:
         """Everything that is pending, once something is. None: the gateway has said its last word."""

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from services.core.errors import BadRequest
 from services.engine.messages import Kind, Submit
-from services.wire.convert import attempt_id, sampling_from_wire
+from services.wire.convert import attempt_id, choices_from_wire, sampling_from_wire
 from services.wire.generated import worker_pb2
+
+CHOICES_MAX = 128  # of one sequence: as many as OpenAI's `n` allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,14 @@ class SequenceBounds:
             output_ids=list(sequence.output_ids),
             sampling=sampling_from_wire(sequence.sampling),
             salt=sequence.salt,
+            choices=choices_from_wire(sequence),
         )
         self._check(submit)
         return submit
 
     def _check(self, submit: Submit) -> None:
+        if len(submit.choices) > CHOICES_MAX or len(set(submit.choices)) < len(submit.choices):
+            raise BadRequest(f"choice_ids must be at most {CHOICES_MAX} different numbers", "choice_ids")
         tokens = submit.prompt_ids + submit.output_ids
         if not submit.prompt_ids:
             raise BadRequest("prompt_ids is empty", "prompt_ids")

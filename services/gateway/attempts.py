@@ -2,23 +2,31 @@
 
 A new attempt carries the tokens already delivered. With the seed fixed, it goes on with exactly the
 tokens that the failed one would have given, so the client sees nothing but a pause.
+
+Choices of one prompt share an attempt for as long as they have delivered the same tokens: at first all
+of them do. If it fails later, each goes on by itself, with a route and failures of its own; what they
+share is found in the workers' prefix caches.
 """
 
 import itertools
 import logging
 import random
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Many
 from contextlib import aclosing
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from services.core.clock import Clock
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost, facts
 from services.core.worker_report import WorkerKey
+from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.generation import AttemptFailed, Event, Generation, Routed
+from services.gateway.merge import merged
 from services.gateway.pipeline import Pipeline
 from services.gateway.waiting_line import WaitingLine
-from services.gateway.worker_client import OutputToken
+from services.gateway.worker_client import OutputToken, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,7 @@ class RetryPolicy:
 
 
 class Patience:
-    """Whether and when one request may try again, and which workers it avoids."""
+    """Whether and when one request, or one choice of it, may try again, and which workers it avoids."""
 
     def __init__(
         self, policy: RetryPolicy, line: WaitingLine, deadline: float, clock: Clock, rng: random.Random
@@ -72,6 +80,12 @@ class Patience:
     def end(self) -> None:
         """The request is over."""
         self._line.leave(self)
+
+    def fork(self) -> "Patience":
+        """For a part of the request that goes on by itself: it has failed as often as the whole."""
+        fork = copy(self)
+        fork._excluded_until = dict(self._excluded_until)
+        return fork
 
     def admit_failure(self, failed: AttemptFailed) -> None:
         """Take note of a failed attempt. Raises its error when no other one may follow."""
@@ -123,42 +137,61 @@ def lacks_capacity(error: DiptychError) -> bool:
     return isinstance(error, Overloaded | NoWorker)
 
 
-async def attempts(
-    generation: Generation, pipeline: Pipeline, view: ClusterView, patience: Patience
-) -> AsyncGenerator[Event, None]:
-    """The events of as many attempts as it takes; each failed one that is followed by another ends
-    with AttemptFailed. Raises the error of the last one.
-    """
-    delivered: list[int] = []
-    try:
-        for attempt in itertools.count(1):
-            if not delivered:  # an answer that has begun goes on first
-                await patience.turn()
-            failed: AttemptFailed | None = None
-            sequence = generation.sequence(attempt, delivered)
-            async with aclosing(pipeline.attempt(sequence, patience.excluded, generation.deadline)) as events:
-                async for event in events:
-                    if isinstance(event, AttemptFailed):
-                        failed = event
-                        break
-                    patience.note(event)
-                    if isinstance(event, OutputToken):
-                        delivered.append(event.token)
-                    yield event
-            if failed is None:
-                return
-            _note(generation, attempt, failed, view)
-            patience.admit_failure(failed)
-            yield failed
-            await patience.pause(failed)
-    finally:
-        patience.end()
+class Attempts:
+    """All attempts at one request. Their events go to `choices`, too."""
+
+    def __init__(
+        self, generation: Generation, choices: Choices, pipeline: Pipeline, view: ClusterView
+    ) -> None:
+        self._generation, self._choices = generation, choices
+        self._pipeline, self._view = pipeline, view
+        self._numbers = itertools.count(1)
+
+    async def events(self, patience: Patience) -> AsyncGenerator[Event, None]:
+        """The events of as many attempts as it takes; each failed one that is followed by another ends
+        with AttemptFailed. Raises the error of the last one.
+        """
+        async with aclosing(self._events(range(len(self._choices)), patience)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, served: Many[int], patience: Patience) -> AsyncGenerator[Event, None]:
+        try:
+            while len(groups := self._choices.alike(served)) == 1:
+                if not self._choices.begun:  # an answer that has begun goes on first
+                    await patience.turn()
+                failed: AttemptFailed | None = None
+                sequence = self._next_sequence(groups[0])
+                async with aclosing(self._attempt(sequence, patience)) as events:
+                    async for event in events:
+                        if isinstance(event, AttemptFailed):
+                            failed = event
+                            break
+                        patience.note(event)
+                        yield event
+                if failed is None:
+                    return
+                _note(sequence, failed, self._view)
+                patience.admit_failure(failed)
+                yield replace(failed, others_go_on=len(served) < len(self._choices))
+                await patience.pause(failed)
+        finally:
+            patience.end()
+        async with aclosing(merged(self._events(group, patience.fork()) for group in groups)) as together:
+            async for event in together:
+                yield event
+
+    def _next_sequence(self, choices: tuple[int, ...]) -> Sequence:
+        return self._generation.sequence(next(self._numbers), choices, self._choices.delivered[choices[0]])
+
+    def _attempt(self, sequence: Sequence, patience: Patience) -> AsyncGenerator[Event, None]:
+        return self._pipeline.attempt(sequence, self._choices, patience.excluded, self._generation.deadline)
 
 
-def _note(generation: Generation, attempt: int, failed: AttemptFailed, view: ClusterView) -> None:
+def _note(sequence: Sequence, failed: AttemptFailed, view: ClusterView) -> None:
     worker_id = failed.culprit.worker_id if failed.culprit else None
     if isinstance(failed.error, WorkerLost) and failed.culprit is not None:
         view.suspect(failed.culprit.key)
     level = logging.DEBUG if lacks_capacity(failed.error) else logging.WARNING
-    context = {"request_id": generation.request_id, "worker_id": worker_id}
-    logger.log(level, "attempt %d failed: %s", attempt, failed.error.message, extra=context)
+    context = {"request_id": sequence.request_id, "worker_id": worker_id}
+    logger.log(level, "attempt %d failed: %s", sequence.attempt, failed.error.message, extra=context)

@@ -38,6 +38,9 @@ class GatewayConfig:
     attempts_max: int = field(
         default=4, metadata={"help": "attempts per request; waiting for room is not counted"}
     )
+    choices_max: int = field(
+        default=128, metadata={"help": "the largest n: answers to one prompt", "range": (1, 128)}
+    )
     body_bytes_max: int = field(default=8 << 20, metadata={"help": "larger request bodies get 413"})
     membership_poll_s: float = field(
         default=0.1, metadata={"help": "how often to read which workers there are"}

@@ -47,18 +47,25 @@ class DecodeSession:
             raise _copy(self._failure)
         inbox = self._inboxes[key] = asyncio.Queue()
         self._commands.put_nowait(submit_command(self._worker, sequence, source))
-        ended = False
+        running = set(sequence.choices)
         try:
-            while not ended:
+            while running:
                 event = await inbox.get()
-                ended = isinstance(event, DiptychError) or _finishes(event)
                 if isinstance(event, DiptychError):
+                    running.clear()
                     raise event
+                if isinstance(event, OutputToken) and event.finish is not None:
+                    running.discard(event.choice)
                 yield event
         finally:
             del self._inboxes[key]
-            if not ended:
+            if running:
                 self._commands.put_nowait(cancel_command(sequence))
+
+    def end_choice(self, sequence: Sequence, choice: int) -> None:
+        """See WorkerClient.end_choice."""
+        if (sequence.request_id, sequence.attempt) in self._inboxes:
+            self._commands.put_nowait(cancel_command(sequence, choice))
 
     async def close(self) -> None:
         """Close the stream, which cancels its sequences on the worker; here they end as WorkerLost."""
@@ -96,10 +103,6 @@ class DecodeSession:
         self._failure = self._failure or failure
         for inbox in self._inboxes.values():
             inbox.put_nowait(_copy(self._failure))
-
-
-def _finishes(event: DecodeEvent | DiptychError) -> bool:
-    return isinstance(event, OutputToken) and event.finish is not None
 
 
 def _copy(error: DiptychError) -> DiptychError:

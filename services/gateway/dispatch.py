@@ -56,7 +56,7 @@ async def _prefill(workers: WorkerClient, sequence: Sequence, placement: Routed,
     assert placement.prefill is not None
     alone = placement.decode is None
     result = await workers.prefill(placement.prefill, sequence, expect_pull=not alone)
-    if alone and result.first.finish is None:
+    if alone and any(first.finish is None for first in result.firsts):
         raise EngineFailed(f"{placement.prefill.worker_id} did not finish an answer of one token")
     inbox.put_nowait(result)
 

@@ -6,7 +6,7 @@ answer is streamed or not.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.core.child_tasks import ChildTasks
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker
-from services.gateway.answer import TextDelta
+from services.gateway.answer import TextDelta, joined
 from services.gateway.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
 from services.gateway.gateway import Gateway
 from services.gateway.http_errors import diptych_error_response, error_body, internal_error_body
@@ -93,29 +93,31 @@ class Exchange(Response):
                 yield delta
 
     async def _whole(self, deltas: AsyncGenerator[TextDelta, None]) -> str:
-        collected = [delta async for delta in deltas]
-        finish = collected[-1].finish
-        assert finish is not None
-        text = "".join(delta.text for delta in collected)
-        token_ids = [token_id for delta in collected for token_id in delta.token_ids]
-        body = self._format.whole(text, finish, self._journal.usage)
-        return as_json(body, self._timings, self._if_wanted(token_ids))
+        collected: list[list[TextDelta]] = [[] for _ in range(self._body.choices)]
+        async for delta in deltas:
+            collected[delta.choice].append(delta)
+        answers = list(map(joined, collected))
+        body = self._format.whole(answers, self._journal.usage)
+        return as_json(body, self._timings, self._if_wanted(*answers))
 
     async def _stream(self, deltas: AsyncGenerator[TextDelta, None], stream: EventStream) -> None:
-        opening = self._format.opening()
+        opened: set[int] = set()
+        unfinished = self._body.choices
         async for delta in deltas:
-            if opening is not None:
-                await stream.event(as_json(opening))
-                opening = None
-            ends = delta.finish is not None and not self._body.include_usage
-            timings, token_ids = self._timings if ends else None, self._if_wanted(delta.token_ids)
-            await stream.event(as_json(self._format.chunk(delta), timings, token_ids))
+            if delta.choice not in opened:
+                opened.add(delta.choice)
+                if opening := self._format.opening(delta.choice):
+                    await stream.event(as_json(opening))
+            unfinished -= delta.finish is not None
+            timings = self._timings if not unfinished and not self._body.include_usage else None
+            await stream.event(as_json(self._format.chunk(delta), timings, self._if_wanted(delta)))
         if self._body.include_usage:
             await stream.event(as_json(self._format.usage_chunk(self._journal.usage), self._timings))
         await stream.done()
 
-    def _if_wanted(self, token_ids: Sequence[int]) -> Sequence[int] | None:
-        return token_ids if self._body.return_token_ids else None
+    def _if_wanted(self, *deltas: TextDelta) -> list[tuple[int, ...]] | None:
+        """The token ids of each choice of a body."""
+        return [delta.token_ids for delta in deltas] if self._body.return_token_ids else None
 
     async def _end_with(self, stream: EventStream, error: str) -> None:
         """An error after the first byte: the status is gone, so it is an event, and no [DONE] follows."""

@@ -21,10 +21,10 @@ from services.gateway.responses import (
 
 
 class AnswerFormat(Protocol):
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> ChatCompletion | Completion: ...
+    def whole(self, answers: Sequence[TextDelta], usage: Usage) -> ChatCompletion | Completion: ...
 
-    def opening(self) -> ChatCompletionChunk | None:
-        """The chunk before the first text, if the format has one."""
+    def opening(self, choice: int) -> ChatCompletionChunk | None:
+        """The chunk before the first text of a choice, if the format has one."""
         ...
 
     def chunk(self, delta: TextDelta) -> ChatCompletionChunk | Completion: ...
@@ -38,28 +38,35 @@ class ChatFormat:
     def __init__(self, request_id: str, model: str) -> None:
         self._id, self._model, self._created = f"chatcmpl-{request_id}", model, int(time.time())
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> ChatCompletion:
-        message = ChatAnswer(role="assistant", content=text, refusal=None)
+    def whole(self, answers: Sequence[TextDelta], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
             id=self._id,
             object="chat.completion",
             created=self._created,
             model=self._model,
-            choices=[ChatChoice(index=0, message=message, logprobs=None, finish_reason=finish)],
+            choices=list(map(self._choice, answers)),
             usage=usage,
         )
 
-    def opening(self) -> ChatCompletionChunk:
-        return self._chunk(ChatDelta(role="assistant", content=""), None)
+    def opening(self, choice: int) -> ChatCompletionChunk:
+        return self._chunk(choice, ChatDelta(role="assistant", content=""), None)
 
     def chunk(self, delta: TextDelta) -> ChatCompletionChunk:
-        return self._chunk(ChatDelta(content=delta.text) if delta.text else ChatDelta(), delta.finish)
+        content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
+        return self._chunk(delta.choice, content, delta.finish)
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         return self._chunk_of([], usage=usage)
 
-    def _chunk(self, delta: ChatDelta, finish: FinishReason | None) -> ChatCompletionChunk:
-        return self._chunk_of([ChatChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish)])
+    def _choice(self, answer: TextDelta) -> ChatChoice:
+        message = ChatAnswer(role="assistant", content=answer.text, refusal=None)
+        assert answer.finish is not None
+        return ChatChoice(index=answer.choice, message=message, logprobs=None, finish_reason=answer.finish)
+
+    def _chunk(self, choice: int, delta: ChatDelta, finish: FinishReason | None) -> ChatCompletionChunk:
+        return self._chunk_of(
+            [ChatChunkChoice(index=choice, delta=delta, logprobs=None, finish_reason=finish)]
+        )
 
     def _chunk_of(self, choices: list[ChatChunkChoice], **more: Usage) -> ChatCompletionChunk:
         return ChatCompletionChunk(
@@ -76,20 +83,22 @@ class CompletionFormat:
     def __init__(self, request_id: str, model: str) -> None:
         self._id, self._model, self._created = f"cmpl-{request_id}", model, int(time.time())
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> Completion:
-        return self._completion([self._choice(text, finish)], usage=usage)
+    def whole(self, answers: Sequence[TextDelta], usage: Usage) -> Completion:
+        return self._completion(list(map(self._choice, answers)), usage=usage)
 
-    def opening(self) -> None:
+    def opening(self, choice: int) -> None:
         return None
 
     def chunk(self, delta: TextDelta) -> Completion:
-        return self._completion([self._choice(delta.text, delta.finish)])
+        return self._completion([self._choice(delta)])
 
     def usage_chunk(self, usage: Usage) -> Completion:
         return self._completion([], usage=usage)
 
-    def _choice(self, text: str, finish: FinishReason | None) -> CompletionChoice:
-        return CompletionChoice(index=0, text=text, logprobs=None, finish_reason=finish)
+    def _choice(self, delta: TextDelta) -> CompletionChoice:
+        return CompletionChoice(
+            index=delta.choice, text=delta.text, logprobs=None, finish_reason=delta.finish
+        )
 
     def _completion(self, choices: list[CompletionChoice], **more: Usage) -> Completion:
         return Completion(
@@ -105,12 +114,13 @@ class CompletionFormat:
 def as_json(
     body: ChatCompletion | ChatCompletionChunk | Completion,
     timings: Timings | None = None,
-    token_ids: Sequence[int] | None = None,
+    token_ids: Sequence[Sequence[int]] | None = None,
 ) -> str:
     """`body` with the extras that the client asked for, and without the fields that nobody set."""
     if token_ids is not None:
+        of_choices = iter(token_ids)
         for choice in body.choices:
-            choice.token_ids = list(token_ids)
+            choice.token_ids = list(next(of_choices))
     if timings is not None:
         body.timings = timings
     return body.model_dump_json(exclude_unset=True)

@@ -7,7 +7,8 @@ from router.state import RouteOptions
 from services.core.clock import Clock
 from services.gateway.admission import Admission
 from services.gateway.answer import AnswerText, TextDelta, answer
-from services.gateway.attempts import Patience, RetryPolicy, attempts
+from services.gateway.attempts import Attempts, Patience, RetryPolicy
+from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
 from services.gateway.detokenizer import Detokenizer
@@ -41,7 +42,10 @@ class Gateway:
         self.draining = False
         self._rng = random.Random(config.seed or None)
         self.prompts = PromptReader(
-            model, lambda: self.view.context_tokens_max(model.context_tokens_max), self._rng
+            model,
+            lambda: self.view.context_tokens_max(model.context_tokens_max),
+            config.choices_max,
+            self._rng,
         )
         options = RouteOptions(split=config.route_split, fetch=config.prefix_fetch)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
@@ -59,9 +63,14 @@ class Gateway:
     def answer(self, generation: Generation, journal: Journal) -> AsyncGenerator[TextDelta, None]:
         """The way of one request, layer around layer. To be closed by whoever stops early."""
         patience = Patience(self._retry_policy, self._line, generation.deadline, self.clock, self._rng)
-        text = AnswerText(
+        choices = Choices(generation.choices)
+        attempts = Attempts(generation, choices, self._pipeline, self.view)
+        texts = [self._text(generation) for _ in range(generation.choices)]
+        return answer(attempts.events(patience), texts, choices, journal)
+
+    def _text(self, generation: Generation) -> AnswerText:
+        return AnswerText(
             Detokenizer(self.model.token_bytes, skip_special_tokens=generation.skip_special_tokens),
             StopMatcher(generation.stop),
             generation.sampling.min_tokens,
         )
-        return answer(attempts(generation, self._pipeline, self.view, patience), text, journal)

@@ -31,8 +31,10 @@ class Generation:
     salt: str = ""
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    choices: int = 1  # answers that the client wants
 
-    def sequence(self, attempt: int, delivered: list[int]) -> Sequence:
+    def sequence(self, attempt: int, choices: tuple[int, ...], delivered: list[int]) -> Sequence:
+        """One attempt at `choices`, which all have delivered the same tokens."""
         return Sequence(
             request_id=self.request_id,
             attempt=attempt,
@@ -40,6 +42,7 @@ class Generation:
             output_ids=list(delivered),
             sampling=self.sampling,
             salt=self.salt,
+            choices=choices,
         )
 
 
@@ -61,10 +64,11 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
-    """The last event of an attempt that did not finish the answer."""
+    """The last event of an attempt that did not finish its choices."""
 
     error: DiptychError
     culprit: WorkerReport | None = None
+    others_go_on: bool = False  # other choices of the request have attempts of their own
 
 
 WorkerEvent = PrefillResult | Reserved | Started | OutputToken

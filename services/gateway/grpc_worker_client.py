@@ -47,6 +47,10 @@ class GrpcWorkerClient:
             async for event in events:
                 yield event
 
+    def end_choice(self, worker: WorkerReport, sequence: Sequence, choice: int) -> None:
+        if session := self._sessions.get(worker.key):
+            session.end_choice(sequence, choice)
+
     async def keep_only(self, live: Collection[WorkerReport]) -> None:
         keys = {worker.key for worker in live}
         addresses = {worker.address for worker in live}

@@ -30,9 +30,9 @@ class InFlight:
         self._sent: dict[str, list[Sent]] = {}  # by worker id
 
     @contextmanager
-    def sent(self, route: Route, known_tokens: int) -> Iterator[None]:
+    def sent(self, route: Route, known_tokens: int, choices: int) -> Iterator[None]:
         """Count the parts of `route` from now until the block ends."""
-        parts = [self._part(route, index, known_tokens) for index in range(len(route.chosen))]
+        parts = [self._part(route, index, known_tokens, choices) for index in range(len(route.chosen))]
         for part in parts:
             self._sent.setdefault(part.worker_id, []).append(part)
         try:
@@ -54,12 +54,12 @@ class InFlight:
             blocks_available=max(0, view.blocks_available - sum(s.blocks for s in sent)),
         )
 
-    def _part(self, route: Route, index: int, known_tokens: int) -> Sent:
+    def _part(self, route: Route, index: int, known_tokens: int, choices: int) -> Sent:
         offer = route.chosen[index]
         return Sent(
             worker_id=offer.worker.id,
             at=self._clock.now(),
             prefill_tokens=known_tokens - offer.ready_tokens if offer.part != "decode" else 0,
-            sequences=int(offer.part != "prefill"),
-            blocks=-(-known_tokens // offer.worker.block_size) + 1,
+            sequences=choices if offer.part != "prefill" else 0,
+            blocks=-(-known_tokens // offer.worker.block_size) + (choices if offer.part != "prefill" else 1),
         )

@@ -14,6 +14,9 @@ from services.gateway.worker_client import OutputToken, PrefillResult, Started
 
 
 class Journal:
+    """With several attempts at once, each for choices of its own, the stage and the workers are those
+    of the latest news."""
+
     def __init__(self, endpoint: str, clock: Clock, metrics: GatewayMetrics, received_at: float) -> None:
         self._endpoint, self._clock, self._metrics = endpoint, clock, metrics
         self._timeline = Timeline(clock, metrics.leave_stage, started_at=received_at)
@@ -24,7 +27,8 @@ class Journal:
         self._routed: Routed | None = None
         self._prefill: PrefillResult | None = None  # these two of the latest attempt
         self._started: Started | None = None
-        self._first_token_at = self._last_token_at = received_at
+        self._first_token_at = received_at
+        self._last_token_at: dict[int, float] = {}  # by choice
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -60,27 +64,32 @@ class Journal:
                     self._timeline.enter(Stage.DECODING)
             case OutputToken():
                 self._record_token(event)
-            case AttemptFailed(error):
-                self._metrics.retries.labels(facts(error).label).inc()
-                if self._timeline.stage is not Stage.ADMITTED:  # it may not even have been routed
-                    self._timeline.enter(Stage.ADMITTED)
+            case AttemptFailed():
+                self._record_failure(event)
 
     def _record_route(self, routed: Routed) -> None:
         self._attempts += 1
         self._routed, self._prefill, self._started = routed, None, None
         self._metrics.routes.labels(routed.kind).inc()
-        self._timeline.enter(Stage.ROUTED)
-        self._timeline.enter(Stage.PREFILLING)
+        if self._timeline.stage is Stage.ADMITTED:  # else another attempt is further
+            self._timeline.enter(Stage.ROUTED)
+            self._timeline.enter(Stage.PREFILLING)
+
+    def _record_failure(self, failed: AttemptFailed) -> None:
+        self._metrics.retries.labels(facts(failed.error).label).inc()
+        # It may not even have been routed.
+        if self._timeline.stage is not Stage.ADMITTED and not failed.others_go_on:
+            self._timeline.enter(Stage.ADMITTED)
 
     def _record_token(self, token: OutputToken) -> None:
         now = self._clock.now()
         if self._completion_tokens == 0:
             self._record_first_token(now)
-        else:
-            self._metrics.inter_token.observe(now - self._last_token_at)
-        self._completion_tokens = token.index + 1
+        if token.choice in self._last_token_at:
+            self._metrics.inter_token.observe(now - self._last_token_at[token.choice])
+        self._completion_tokens += 1
         self._metrics.completion_tokens.inc()
-        self._last_token_at = now
+        self._last_token_at[token.choice] = now
         if self._timeline.stage is Stage.PREFILLING and token.finish is None:
             transferred = self._started is not None
             self._timeline.enter(Stage.DECODING if transferred else Stage.TRANSFERRING)
@@ -117,7 +126,8 @@ class Journal:
         prefill, started, routed = self._prefill, self._started, self._routed
         computing = prefill or started  # where the prompt waited to be computed
         visits = self._timeline.seconds_in
-        decode_s = self._last_token_at - self._first_token_at
+        decode_s = max(self._last_token_at.values(), default=self._first_token_at) - self._first_token_at
+        decoded = self._completion_tokens - len(self._last_token_at)  # all but the first of each choice
         return Timings(
             tokenize=_ms(visits(Stage.RECEIVED)),
             route=_ms(visits(Stage.ADMITTED) + visits(Stage.ROUTED)),
@@ -129,7 +139,7 @@ class Journal:
             first_token=_ms(self._first_token_at - self._timeline.started_at),
             decode=_ms(decode_s),
             total=_ms(self._clock.now() - self._timeline.started_at),
-            tokens_per_second=round((self._completion_tokens - 1) / decode_s, 2) if decode_s > 0 else 0.0,
+            tokens_per_second=round(decoded / decode_s, 2) if decode_s > 0 else 0.0,
             prefill_worker=routed.prefill.worker_id if routed and routed.prefill else None,
             decode_worker=routed.decode.worker_id if routed and routed.decode else None,
             cached_tokens_prefill=prefill.cached_tokens if prefill else 0,

@@ -1,8 +1,9 @@
 """The in-memory twin of the gRPC worker client: a cluster of scripted workers, with faults.
 
 The answer of a sequence is a pure function of its prompt, as with real workers and a fixed seed: an
-attempt that resumes another one goes on with the same tokens. `script` queues faults, each used
-by the next call of its kind on its worker; `running` and `cancelled` show what happened to the calls.
+attempt that resumes another one goes on with the same tokens. Choice n leaves out the first n tokens
+of the answer. `script` queues faults, each used by the next call of its kind on its worker;
+`running`, `cancelled` and `ended_choices` show what happened to the calls.
 """
 
 import asyncio
@@ -48,6 +49,7 @@ class MemoryWorkerClient:
         self.calls: list[Call] = []  # all there ever were
         self.running: list[Call] = []
         self.cancelled: list[Call] = []
+        self.ended_choices: list[tuple[Call, int]] = []
 
     def script(self, worker_id: str, kind: CallKind, *faults: Fault) -> None:
         self._faults[worker_id, kind].extend(faults)
@@ -58,24 +60,37 @@ class MemoryWorkerClient:
             if fault is not None:
                 await self._suffer(fault, call)
             await asyncio.sleep(0)
-            return PrefillResult(self._token(sequence, len(sequence.output_ids)), 0, 0.0, 0.0)
+            return PrefillResult(self._firsts(sequence), 0, 0.0, 0.0)
 
     async def decode(
         self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
     ) -> AsyncGenerator[DecodeEvent, None]:
         with self._call(Call("decode", worker.key, sequence, source.key if source else None)) as call:
             fault = self._next_fault(worker, "decode")
-            first = len(sequence.output_ids) + (source is not None)
+            first = len(sequence.output_ids)
+            going_on = set(sequence.choices)
+            if source is not None:  # their first tokens are known
+                first += 1
+                going_on -= {token.choice for token in self._firsts(sequence) if token.finish}
             if fault is None or fault.after_tokens:
                 yield Started(0, 0.0, 0, 0.0, 0.0)
             for index in range(first, sequence.sampling.max_tokens):
                 if fault is not None and index - first == fault.after_tokens:
                     await self._suffer(fault, call)
                 await self._turn(call)
-                token = self._token(sequence, index)
-                yield token
-                if token.finish:
+                for choice in sequence.choices:
+                    if choice in going_on and (call, choice) not in self.ended_choices:
+                        token = self._token(sequence, index, choice)
+                        yield token
+                        if token.finish:
+                            going_on.remove(choice)
+                if not going_on:
                     return
+
+    def end_choice(self, worker: WorkerReport, sequence: Sequence, choice: int) -> None:
+        for call in self.running:
+            if (call.kind, call.worker, call.sequence) == ("decode", worker.key, sequence):
+                self.ended_choices.append((call, choice))
 
     async def keep_only(self, live: Collection[WorkerReport]) -> None:
         keys = {worker.key for worker in live}
@@ -86,10 +101,14 @@ class MemoryWorkerClient:
     async def close(self) -> None:
         await self.keep_only([])
 
-    def _token(self, sequence: Sequence, index: int) -> OutputToken:
+    def _firsts(self, sequence: Sequence) -> tuple[OutputToken, ...]:
+        index = len(sequence.output_ids)
+        return tuple(self._token(sequence, index, choice) for choice in sequence.choices)
+
+    def _token(self, sequence: Sequence, index: int, choice: int) -> OutputToken:
         answer = self._answer_of(sequence.prompt_ids)
-        token = answer[index % len(answer)]
-        return OutputToken(index, token, sequence.sampling.finish(token, index + 1))
+        token = answer[(index + choice) % len(answer)]
+        return OutputToken(index, token, sequence.sampling.finish(token, index + 1), choice)
 
     def _next_fault(self, worker: WorkerReport, kind: CallKind) -> Fault | None:
         faults = self._faults[worker.worker_id, kind] or self._faults[ANY_WORKER, kind]

@@ -16,6 +16,7 @@ from router.state import Route, RouteOptions, RouteRequest
 from services.core.clock import Clock
 from services.core.errors import NoWorker
 from services.core.worker_report import WorkerKey
+from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.dispatch import dispatch
 from services.gateway.generation import AttemptFailed, Event, Routed, WorkerEvent
@@ -37,21 +38,23 @@ class Pipeline:
         self._clock, self._rng = clock, rng
 
     async def attempt(
-        self, sequence: Sequence, excluded: Collection[WorkerKey], deadline: float
+        self, sequence: Sequence, choices: Choices, excluded: Collection[WorkerKey], deadline: float
     ) -> AsyncGenerator[Event, None]:
-        """Routed, then the answer's tokens in order up to the last one; or AttemptFailed as the end."""
+        """Routed, then the tokens of each choice in order up to its last; or AttemptFailed as the end."""
         cached_tokens = await self._view.locate(sequence.prompt_ids + sequence.output_ids, sequence.salt)
         placement = self._place(sequence, cached_tokens, excluded)
         if placement is None:
             yield AttemptFailed(NoWorker("No worker can take the request now. Try again in a moment."))
             return
-        with self._view.in_flight.sent(placement.route, sequence.known_tokens):
+        with self._view.in_flight.sent(placement.route, sequence.known_tokens, len(sequence.choices)):
             yield placement
             sequence = msgspec.structs.replace(sequence, prefix=placement.prefix)
             arriving = dispatch(self._workers, sequence, placement, self._clock, deadline)
-            async with aclosing(in_index_order(arriving, len(sequence.output_ids))) as events:
+            async with aclosing(in_index_order(arriving, sequence.choices, choices)) as events:
                 async for event in events:
                     yield event
+                    if isinstance(event, OutputToken) and not choices.goes_on(event.choice):
+                        self._end_choice(sequence, placement, event)
 
     def _place(
         self, sequence: Sequence, cached_tokens: dict[str, int], excluded: Collection[WorkerKey]
@@ -59,6 +62,7 @@ class Pipeline:
         request = RouteRequest(
             prompt_tokens=sequence.known_tokens,
             max_tokens=sequence.tokens_left,
+            choices=len(sequence.choices),
             excluded=frozenset(r.worker_id for r in self._view.reports if r.key in excluded),
         )
         chosen = route(request, cached_tokens, self._view.worker_views(), self._options, self._rng)
@@ -84,27 +88,39 @@ class Pipeline:
             return None
         return PrefixSource(self._view.report(offer.fetch.source), offer.ready_tokens)
 
+    def _end_choice(self, sequence: Sequence, placement: Routed, last: OutputToken) -> None:
+        """The client has all it wants of this choice, for a stop string; the worker does not know yet."""
+        if last.finish is None and placement.decode is not None:
+            self._workers.end_choice(placement.decode, sequence, last.choice)
+
 
 async def in_index_order(
-    arriving: AsyncGenerator[WorkerEvent | AttemptFailed, None], next_index: int
+    arriving: AsyncGenerator[WorkerEvent | AttemptFailed, None], served: Collection[int], choices: Choices
 ) -> AsyncGenerator[WorkerEvent | AttemptFailed, None]:
-    """Events with the tokens in order and without duplicates, up to the token that ends the answer.
+    """Events with each choice's tokens in order and without duplicates, until none of `served` goes on.
 
-    The first token comes from the prefill worker, the others from the decode worker, whose first
-    may be here earlier: it is held. Other events pass through; the first token of a PrefillResult
-    follows it as an event of its own.
+    The first tokens come from the prefill worker, the others from the decode worker, whose first
+    may be here earlier: they are held. Other events pass through; the first tokens of a PrefillResult
+    follow it as events of their own.
     """
-    held: dict[int, OutputToken] = {}
+    held: dict[tuple[int, int], OutputToken] = {}
     async with aclosing(arriving):
         async for event in arriving:
             if not isinstance(event, OutputToken):
                 yield event
-            token = event.first if isinstance(event, PrefillResult) else event
-            if isinstance(token, OutputToken) and token.index >= next_index:
-                held.setdefault(token.index, token)
-            while next_index in held:
-                token = held.pop(next_index)
-                next_index += 1
-                yield token
-                if token.finish is not None:
-                    return
+            for token in _tokens(event):
+                choice = token.choice
+                if token.index >= choices.next_index(choice):
+                    held.setdefault((choice, token.index), token)
+                while choices.goes_on(choice) and (choice, choices.next_index(choice)) in held:
+                    token = held.pop((choice, choices.next_index(choice)))
+                    choices.deliver(token)
+                    yield token
+            if not any(map(choices.goes_on, served)):
+                return
+
+
+def _tokens(event: WorkerEvent | AttemptFailed) -> tuple[OutputToken, ...]:
+    if isinstance(event, PrefillResult):
+        return event.firsts
+    return (event,) if isinstance(event, OutputToken) else ()

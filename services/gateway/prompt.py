@@ -29,6 +29,7 @@ class PromptReader:
 
     model: ServedModel
     context_tokens_max: Callable[[], int]
+    choices_max: int
     rng: random.Random  # draws the seeds that clients leave out
 
     async def read(self, request: GenerationRequest, request_id: str, deadline: float) -> Generation:
@@ -47,6 +48,7 @@ class PromptReader:
             salt=request.cache_salt or "",
             stop=request.stop_strings,
             skip_special_tokens=request.skip_special_tokens is not False,
+            choices=self._choices(request),
         )
 
     async def _prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -98,6 +100,13 @@ class PromptReader:
         if asked is not None:
             return asked
         return room if isinstance(request, ChatCompletionRequest) else min(room, COMPLETION_TOKENS_DEFAULT)
+
+    def _choices(self, request: GenerationRequest) -> int:
+        if request.choices > self.choices_max:
+            raise BadRequest(
+                f"'n' is {request.choices}, but this server gives at most {self.choices_max} answers.", "n"
+            )
+        return request.choices
 
     def _sampling(self, request: GenerationRequest, max_tokens: int) -> SamplingParams:
         if (request.min_tokens or 0) > max_tokens:

@@ -31,7 +31,7 @@ class Timings(BaseModel):
     first_token: float  # from the request's arrival
     decode: float  # from the first to the last token
     total: float
-    tokens_per_second: float  # while decoding
+    tokens_per_second: float  # while decoding, of all choices together
     prefill_worker: str | None  # null: the decode worker computed the prompt itself
     decode_worker: str | None
     cached_tokens_prefill: int

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 # Parameters that would change the answer, with the values of theirs that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -137,6 +136,7 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     model: str
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="answers to the prompt; default 1")
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0: greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -157,6 +157,10 @@ class GenerationRequest(BaseModel):
     return_token_ids: bool | None = Field(None, description="add the answer's token ids to its choices")
     cache_salt: Text | None = Field(None, description="share cached prompts only with the same salt")
     user: str | None = None
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
 
     @property
     def max_tokens_param(self) -> str:

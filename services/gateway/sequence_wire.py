@@ -22,6 +22,7 @@ def sequence_to_wire(sequence: Sequence) -> worker_pb2.Sequence:
         output_ids=sequence.output_ids,
         sampling=sampling_to_wire(sequence.sampling),
         salt=sequence.salt,
+        choice_ids=sequence.choices,
     )
     if prefix := sequence.prefix:
         wire.prefix.CopyFrom(
@@ -39,18 +40,21 @@ def submit_command(
     return worker_pb2.DecodeCommand(submit=submit)
 
 
-def cancel_command(sequence: Sequence) -> worker_pb2.DecodeCommand:
-    cancel = worker_pb2.DecodeCancel(request_id=sequence.request_id, attempt=sequence.attempt)
+def cancel_command(sequence: Sequence, *choices: int) -> worker_pb2.DecodeCommand:
+    """Cancels all of them if no choice is named."""
+    cancel = worker_pb2.DecodeCancel(
+        request_id=sequence.request_id, attempt=sequence.attempt, choice_ids=choices
+    )
     return worker_pb2.DecodeCommand(cancel=cancel)
 
 
 def token_from_wire(wire: worker_pb2.SampledToken) -> OutputToken:
-    return OutputToken(wire.index, wire.token, finish_from_wire(wire.finish))
+    return OutputToken(wire.index, wire.token, finish_from_wire(wire.finish), wire.choice)
 
 
 def prefill_from_wire(wire: worker_pb2.PrefillReply) -> PrefillResult:
     return PrefillResult(
-        token_from_wire(wire.first),
+        tuple(map(token_from_wire, wire.firsts)),
         wire.cached_tokens,
         wire.queue_ms,
         wire.compute_ms,

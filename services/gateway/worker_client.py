@@ -29,6 +29,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     output_ids: list[int]
     sampling: SamplingParams
     salt: str = ""
+    choices: tuple[int, ...] = (0,)  # which of the request's choices it serves
     prefix: PrefixSource | None = None  # where the worker that computes the prompt may fetch a part of it
 
     @property
@@ -45,10 +46,11 @@ class OutputToken(msgspec.Struct, frozen=True):
     index: int  # position in the answer, from 0
     token: int
     finish: FinishReason | None = None
+    choice: int = 0
 
 
 class PrefillResult(msgspec.Struct, frozen=True):
-    first: OutputToken
+    firsts: tuple[OutputToken, ...]  # one of each choice
     cached_tokens: int  # of the known tokens, found in the worker's prefix cache
     queue_ms: float
     compute_ms: float
@@ -77,18 +79,22 @@ DecodeEvent = Reserved | Started | OutputToken
 
 class WorkerClient(Protocol):
     async def prefill(self, worker: WorkerReport, sequence: Sequence, *, expect_pull: bool) -> PrefillResult:
-        """The first token. With `expect_pull` the KV is kept for the decode worker that pulls it."""
+        """The first tokens. With `expect_pull` the KV is kept for the decode worker that pulls it."""
         ...
 
     def decode(
         self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
     ) -> AsyncGenerator[DecodeEvent, None]:
-        """Perhaps Reserved, then Started, then the tokens up to one with a finish reason.
+        """Perhaps Reserved, then Started, then the tokens, up to each choice's one with a finish reason.
 
-        With a `source` the KV is pulled from there and the first token of the attempt is not repeated;
+        With a `source` the KV is pulled from there and the first tokens of the attempt are not repeated;
         without, the worker computes the prompt itself. Raises the error that the worker reported, or
         WorkerLost. To be closed (`contextlib.aclosing`) by whoever stops early.
         """
+        ...
+
+    def end_choice(self, worker: WorkerReport, sequence: Sequence, choice: int) -> None:
+        """Nobody wants more of one choice of a running `decode`; the others go on. Does not wait."""
         ...
 
     async def keep_only(self, live: Collection[WorkerReport]) -> None:

@@ -1,7 +1,8 @@
-"""The Prefill service: computes prompts, answers with the first token, leases the KV to a puller.
+"""The Prefill service: computes prompts, answers with the first tokens, leases the KV to a puller.
 
 One Run is one sequence of kind `prefill` and one lease. The engine's events move the lease forward;
-Run waits for the first token, a Pull (`services.transfer.server`) streams the blocks meanwhile.
+Run waits for the first token (of each choice), a Pull (`services.transfer.server`) streams the blocks
+meanwhile.
 """
 
 import asyncio
@@ -60,7 +61,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         lease = self._leases.open(submit.seq_id, len(submit.prompt_ids) + len(submit.output_ids))
         try:
             with self._leases.hold(lease):
-                first, compute_ms = await self._compute(submit, lease, request.expect_pull)
+                compute_ms = await self._compute(submit, lease, request.expect_pull)
         except DiptychError as error:
             self._leases.fail(lease, error)
             raise
@@ -71,21 +72,21 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         if not request.expect_pull:
             self._leases.release(lease.transfer_id)
         return worker_pb2.PrefillReply(
-            first=sampled_to_wire(first.index, first.token, first.finish),
+            firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in lease.firsts],
             cached_tokens=lease.cached_tokens,
             queue_ms=lease.queue_ms,
             compute_ms=compute_ms,
         )
 
-    async def _compute(self, submit: Submit, lease: Lease, expect_pull: bool) -> tuple[FirstToken, float]:
-        """The first token, and the time from the sequence's admission to it."""
+    async def _compute(self, submit: Submit, lease: Lease, expect_pull: bool) -> float:
+        """Wait for the first tokens; the milliseconds from the sequence's admission to them."""
         if expect_pull:
             await self._wait_for_pull(lease)
         submitted_s = self._clock.now()
         self._engine.submit(submit, lambda event: self._on_event(lease, event))
-        await lease.until(lambda: lease.first is not None)
-        assert lease.first is not None
-        return lease.first, (lease.first_at_s - submitted_s) * 1e3 - lease.queue_ms
+        await lease.until(lambda: bool(lease.firsts))
+        assert len(lease.firsts) == len(submit.choices), "all first tokens come at once"
+        return (lease.first_at_s - submitted_s) * 1e3 - lease.queue_ms
 
     async def _wait_for_pull(self, lease: Lease) -> None:
         """No block is allocated before the pull proves that the decode worker has room."""
@@ -102,7 +103,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             case Advanced():
                 lease.advanced(event.computed, event.block_ids)
             case Token():
-                lease.finished(FirstToken(event.index, event.token, event.finish), self._clock.now())
+                first = FirstToken(event.index, event.token, event.finish, event.choice)
+                lease.finished(first, self._clock.now())
             case Refused():
                 self._leases.fail(lease, from_label(event.code, event.message))
             case Revoked():

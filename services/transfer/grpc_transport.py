@@ -154,27 +154,22 @@ def _message_from_wire(message: transfer_pb2.KvMessage, source: KvSource) -> KvH
 
 
 def _chunk_to_wire(chunk: KvChunk) -> transfer_pb2.KvChunk:
-    message = transfer_pb2.KvChunk(
+    return transfer_pb2.KvChunk(
         first_token=chunk.first_token,
         tokens=chunk.tokens,
         payload=chunk.payload,
         crc32c=google_crc32c.value(chunk.payload),
+        firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in chunk.firsts],
         exposed_ms=chunk.exposed_ms,
     )
-    if first := chunk.first:
-        message.first.CopyFrom(sampled_to_wire(first.index, first.token, first.finish))
-    return message
 
 
 def _chunk_from_wire(message: transfer_pb2.KvChunk, source: KvSource) -> KvChunk:
     payload = message.payload
     if google_crc32c.value(payload) != message.crc32c:
         raise KvCorrupt(f"KV from {source.worker_id} failed its checksum at token {message.first_token}")
-    first = None
-    if message.HasField("first"):
-        sampled = message.first
-        first = FirstToken(sampled.index, sampled.token, finish_from_wire(sampled.finish))
-    return KvChunk(message.first_token, message.tokens, payload, first, message.exposed_ms)
+    firsts = tuple(FirstToken(f.index, f.token, finish_from_wire(f.finish), f.choice) for f in message.firsts)
+    return KvChunk(message.first_token, message.tokens, payload, firsts, message.exposed_ms)
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError:

@@ -30,4 +30,4 @@ async def place_inline(
 def _place(chunk: KvChunk, header: KvHeader, destination: Destination, after: int) -> Arrived:
     start = destination.place(chunk.first_token, chunk.tokens, chunk.payload, header.block_size, after)
     tokens = chunk.first_token + chunk.tokens - start
-    return Arrived(start, tokens, len(chunk.payload), True, chunk.first, chunk.exposed_ms)
+    return Arrived(start, tokens, len(chunk.payload), True, chunk.firsts, chunk.exposed_ms)

@@ -36,7 +36,7 @@ class Lease:
         self.computed = 0  # the KV of all tokens before this may be read
         self.cached_tokens = 0
         self.queue_ms = 0.0
-        self.first: FirstToken | None = None
+        self.firsts: list[FirstToken] = []  # one of each choice, once the prefill has ended
         self.first_at_s = 0.0
         self.error: DiptychError | None = None
         self.holders = 0
@@ -61,7 +61,9 @@ class Lease:
         return now == self._generations[blocks]
 
     def finished(self, first: FirstToken, at_s: float) -> None:
-        self.first = first
+        """The prefill has ended with the first token of a choice. Those of all choices come in one turn of
+        the event loop, so whoever waits sees all of them."""
+        self.firsts.append(first)
         self.first_at_s = at_s
         self._notify()
 
@@ -159,7 +161,7 @@ class LeaseTable:
         if self._is_due(lease):
             self._end(lease, "expired")
             return False
-        if lease.first is None:
+        if not lease.firsts:
             self.fail(lease, Overloaded("the decode worker gave the transfer up"))
             return False
         if not lease.unchanged():

@@ -24,11 +24,12 @@ class KvSource:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The token that the prefill sampled."""
+    """The token that the prefill sampled for one choice."""
 
     index: int  # position in the answer; above 0 when a stream is resumed
     token: int
     finish: FinishReason | None
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class KvChunk:
     first_token: int  # a multiple of the source's block size
     tokens: int
     payload: bytes
-    first: FirstToken | None = None  # in the last chunk only
+    firsts: tuple[FirstToken, ...] = ()  # in the last chunk only: one of each choice
     exposed_ms: float = 0.0  # in the last chunk only: from the end of the prefill to its sending
 
 
@@ -68,7 +69,7 @@ class Arrived:
     bytes: int  # that travelled for it
     # Right whatever becomes of the lease: the checksum held, and so did the lease when it was sent.
     proven: bool
-    first: FirstToken | None = None  # in the last one only
+    firsts: tuple[FirstToken, ...] = ()  # in the last one only: one of each choice
     exposed_ms: float = 0.0  # in the last one only: from the end of the prefill to its sending
 
 
@@ -77,7 +78,7 @@ class KvTransport(Protocol):
         self, source: KvSource, transfer_id: str, destination: Destination, first_token: int
     ) -> AsyncGenerator[Arrived, None]:
         """Put the KV of a prompt from `first_token` on into its place, while it is computed. The last
-        value has `first`. Once the generator is closed, nothing of it writes to the destination any more.
+        value has `firsts`. Once the generator is closed, nothing of it writes to the destination any more.
 
         Raises KvLinkLost or KvCorrupt, after which another pull may succeed; KvSourceLost (source dead,
         restarted, or without this transfer), KvStale or Incompatible, after which none will.

@@ -23,7 +23,7 @@ _BREAKS = (KvLinkLost, KvCorrupt)
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    first: FirstToken
+    firsts: tuple[FirstToken, ...]  # one of each choice
     bytes: int
     transfer_ms: float  # from the pull's opening to the confirmed lease
     exposed_ms: float  # from the end of the prefill to the confirmed lease
@@ -76,7 +76,7 @@ class _Receive:
         started_s = self._clock.now()
         last = await self._pull_all()
         arrived_s = self._clock.now()
-        if last is None or last.first is None or self._position != self._destination.tokens:
+        if last is None or not last.firsts or self._position != self._destination.tokens:
             raise KvSourceLost(
                 f"the transfer ended after {self._position} of {self._destination.tokens} tokens"
             )
@@ -86,7 +86,7 @@ class _Receive:
             )
         confirmed_s = self._clock.now()
         exposed_ms = last.exposed_ms + (confirmed_s - arrived_s) * 1e3
-        return Received(last.first, self._bytes, (confirmed_s - started_s) * 1e3, exposed_ms)
+        return Received(last.firsts, self._bytes, (confirmed_s - started_s) * 1e3, exposed_ms)
 
     async def _pull_all(self) -> Arrived | None:
         """The last value of the pull that reached the end."""

@@ -44,7 +44,7 @@ class KvServer:
             lease.opened_by_puller()
             yield KvHeader(self._memory.block_size)
             position = order.first_token // self._memory.block_size * self._memory.block_size
-            while lease.first is None or position < lease.tokens:
+            while not lease.firsts or position < lease.tokens:
                 await self._more_than(position, lease)
                 for chunk in self._chunks(lease, position, self._readable(lease)):
                     if lease.error:  # the prefill was cancelled while the last chunk was on its way
@@ -53,7 +53,7 @@ class KvServer:
                     position += chunk.tokens
                     self._on_sent(len(chunk.payload))
             exposed_ms = (self._clock.now() - lease.first_at_s) * 1e3
-            yield KvChunk(position, 0, b"", lease.first, exposed_ms)
+            yield KvChunk(position, 0, b"", tuple(lease.firsts), exposed_ms)
 
     def release(self, transfer_id: str, epoch: int) -> bool:
         return epoch == self._epoch and self._leases.release(transfer_id)
@@ -66,11 +66,11 @@ class KvServer:
 
     async def _more_than(self, position: int, lease: Lease) -> None:
         """Wait for KV beyond `position`, or for the prefill's end."""
-        await lease.until(lambda: lease.first is not None or self._readable(lease) > position)
+        await lease.until(lambda: bool(lease.firsts) or self._readable(lease) > position)
 
     def _readable(self, lease: Lease) -> int:
         """Tokens whose KV may travel: whole blocks, and the last partial one when all is computed."""
-        if lease.first is not None:
+        if lease.firsts:
             return lease.tokens
         return lease.computed // self._memory.block_size * self._memory.block_size
 

@@ -21,8 +21,14 @@ def finish_from_wire(finish: worker_pb2.FinishReason) -> FinishReason | None:
     return _FINISH_FROM_WIRE[finish]
 
 
-def sampled_to_wire(index: int, token: int, finish: FinishReason | None) -> worker_pb2.SampledToken:
-    return worker_pb2.SampledToken(index=index, token=token, finish=finish_to_wire(finish))
+def sampled_to_wire(
+    index: int, token: int, finish: FinishReason | None, choice: int
+) -> worker_pb2.SampledToken:
+    return worker_pb2.SampledToken(index=index, token=token, finish=finish_to_wire(finish), choice=choice)
+
+
+def choices_from_wire(wire: worker_pb2.Sequence) -> tuple[int, ...]:
+    return tuple(wire.choice_ids) or (0,)
 
 
 def sampling_to_wire(params: SamplingParams) -> worker_pb2.SamplingParams:

@@ -67,7 +67,7 @@ class TestOpenAiClient:
             with pytest.raises(openai.NotFoundError):
                 await client.chat.completions.create(model="gpt-4o", messages=CAPITAL)
             with pytest.raises(openai.BadRequestError) as caught:
-                await client.chat.completions.create(model=MODEL, messages=CAPITAL, n=2)
+                await client.chat.completions.create(model=MODEL, messages=CAPITAL, n=0)
         assert caught.value.param == "n"
 
 

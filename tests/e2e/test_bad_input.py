@@ -20,7 +20,8 @@ BAD_INPUT = {
     "max_tokens as text": (COMPLETION | {"max_tokens": "many"}, 400, "max_tokens"),
     "negative temperature": (COMPLETION | {"temperature": -0.1}, 400, "temperature"),
     "top_p above 1": (COMPLETION | {"top_p": 1.5}, 400, "top_p"),
-    "two choices": (COMPLETION | {"n": 2}, 400, "n"),
+    "no choice": (COMPLETION | {"n": 0}, 400, "n"),
+    "too many choices": (COMPLETION | {"n": 1000}, 400, "n"),
     "an empty stop string": (COMPLETION | {"stop": [""]}, 400, "stop[0]"),
     "usage options without a stream": (
         COMPLETION | {"stream_options": {"include_usage": True}},

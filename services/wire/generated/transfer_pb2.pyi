@@ -1,7 +1,8 @@
 from services.wire.generated import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -51,20 +52,20 @@ class KvHeader(_message.Message):
     def __init__(self, block_size: _Optional[int] = ...) -> None: ...
 
 class KvChunk(_message.Message):
-    __slots__ = ("first_token", "tokens", "payload", "crc32c", "first", "exposed_ms")
+    __slots__ = ("first_token", "tokens", "payload", "crc32c", "firsts", "exposed_ms")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CRC32C_FIELD_NUMBER: _ClassVar[int]
-    FIRST_FIELD_NUMBER: _ClassVar[int]
+    FIRSTS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     first_token: int
     tokens: int
     payload: bytes
     crc32c: int
-    first: _worker_pb2.SampledToken
+    firsts: _containers.RepeatedCompositeFieldContainer[_worker_pb2.SampledToken]
     exposed_ms: float
-    def __init__(self, first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., first: _Optional[_Union[_worker_pb2.SampledToken, _Mapping]] = ..., exposed_ms: _Optional[float] = ...) -> None: ...
+    def __init__(self, first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., firsts: _Optional[_Iterable[_Union[_worker_pb2.SampledToken, _Mapping]]] = ..., exposed_ms: _Optional[float] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("transfer_id", "epoch")

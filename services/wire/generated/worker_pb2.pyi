@@ -43,13 +43,14 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "output_ids", "sampling", "salt", "prefix")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "output_ids", "sampling", "salt", "choice_ids", "prefix")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_IDS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
@@ -57,8 +58,9 @@ class Sequence(_message.Message):
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
     salt: str
+    choice_ids: _containers.RepeatedScalarFieldContainer[int]
     prefix: PrefixSource
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., salt: _Optional[str] = ..., prefix: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., salt: _Optional[str] = ..., choice_ids: _Optional[_Iterable[int]] = ..., prefix: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
 
 class PrefixSource(_message.Message):
     __slots__ = ("worker", "tokens")
@@ -69,14 +71,16 @@ class PrefixSource(_message.Message):
     def __init__(self, worker: _Optional[_Union[KvSource, _Mapping]] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class SampledToken(_message.Message):
-    __slots__ = ("index", "token", "finish")
+    __slots__ = ("index", "token", "finish", "choice")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     index: int
     token: int
     finish: FinishReason
-    def __init__(self, index: _Optional[int] = ..., token: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+    choice: int
+    def __init__(self, index: _Optional[int] = ..., token: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class WorkerFailure(_message.Message):
     __slots__ = ("code", "message")
@@ -97,20 +101,20 @@ class PrefillRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., epoch: _Optional[int] = ..., expect_pull: _Optional[bool] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("first", "cached_tokens", "queue_ms", "compute_ms", "fetched_tokens", "fetch_ms")
-    FIRST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("firsts", "cached_tokens", "queue_ms", "compute_ms", "fetched_tokens", "fetch_ms")
+    FIRSTS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FETCH_MS_FIELD_NUMBER: _ClassVar[int]
-    first: SampledToken
+    firsts: _containers.RepeatedCompositeFieldContainer[SampledToken]
     cached_tokens: int
     queue_ms: float
     compute_ms: float
     fetched_tokens: int
     fetch_ms: float
-    def __init__(self, first: _Optional[_Union[SampledToken, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...
+    def __init__(self, firsts: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
     __slots__ = ("submit", "cancel")
@@ -141,12 +145,14 @@ class KvSource(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class DecodeCancel(_message.Message):
-    __slots__ = ("request_id", "attempt")
+    __slots__ = ("request_id", "attempt", "choice_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    choice_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodeEvents(_message.Message):
     __slots__ = ("events",)

@@ -45,7 +45,7 @@ class PrefillServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request, context):
-        """Computes the prompt, answers with the first token. Closing the call cancels the prefill.
+        """Computes the prompt, answers with the first tokens. Closing the call cancels the prefill.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,11 +22,19 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
 
 def sequence(
-    name: str = "r", prompt: list[int] = PROMPT, outputs: tuple[int, ...] = (), **params: object
+    name: str = "r",
+    prompt: list[int] = PROMPT,
+    outputs: tuple[int, ...] = (),
+    choices: tuple[int, ...] = (),
+    **params: object,
 ) -> worker_pb2.Sequence:
-    sampling = sampling_to_wire(SamplingParams(**{"max_tokens": 8, **params}))  # type: ignore[arg-type]
     return worker_pb2.Sequence(
-        request_id=name, attempt=0, prompt_ids=prompt, output_ids=outputs, sampling=sampling
+        request_id=name,
+        attempt=0,
+        prompt_ids=prompt,
+        output_ids=outputs,
+        sampling=sampling_to_wire(SamplingParams(**{"max_tokens": 8, **params})),  # type: ignore[arg-type]
+        choice_ids=choices,
     )
 
 
@@ -47,10 +55,9 @@ class Session:
         self.events.setdefault(one.request_id, asyncio.Queue())
         await self.call.write(submit(one, source))
 
-    async def cancel(self, name: str) -> None:
-        await self.call.write(
-            worker_pb2.DecodeCommand(cancel=worker_pb2.DecodeCancel(request_id=name, attempt=0))
-        )
+    async def cancel(self, name: str, *choices: int) -> None:
+        cancel = worker_pb2.DecodeCancel(request_id=name, attempt=0, choice_ids=choices)
+        await self.call.write(worker_pb2.DecodeCommand(cancel=cancel))
 
     async def tokens(self, name: str = "r") -> list[int]:
         """Until the finish."""
@@ -97,7 +104,7 @@ async def test_the_answer_is_that_of_one_worker_alone() -> None:
         prefill = pair.run_prefill(sequence())
         await session.submit(sequence(), pair.source())
         reply = await prefill
-        assert [reply.first.token, *await session.tokens()] == expected
+        assert [reply.firsts[0].token, *await session.tokens()] == expected
         received = pair.decode.received
         assert received[0].bytes == 3 * pair.decode.engine.geometry.block_bytes
         assert pair.decode.engine.engine.take_report().gauges.prompt_tokens == len(PROMPT)
@@ -118,7 +125,7 @@ async def test_workers_with_different_block_sizes_give_the_same_answer(theirs: i
             prefill = pair.run_prefill(sequence(name, prompt))
             await session.submit(sequence(name, prompt), pair.source())
             reply = await prefill
-            assert [reply.first.token, *await session.tokens(name)] == expected
+            assert [reply.firsts[0].token, *await session.tokens(name)] == expected
         assert (reply.cached_tokens > 0) == (theirs <= len(PROMPT))
         await session.close()
         await pair.idle()
@@ -148,8 +155,8 @@ async def test_a_resumed_answer_goes_on_at_its_index() -> None:
         prefill = pair.run_prefill(resumed)
         await session.submit(resumed, pair.source())
         reply = await prefill
-        assert reply.first.index == 3
-        assert [reply.first.token, *await session.tokens()] == expected[3:]
+        assert reply.firsts[0].index == 3
+        assert [reply.firsts[0].token, *await session.tokens()] == expected[3:]
         await session.close()
 
 
@@ -174,7 +181,7 @@ async def test_an_answer_that_ends_at_its_first_token_frees_the_decode_worker() 
         one = sequence(end_token_ids=(first,))
         prefill = pair.run_prefill(one)
         await session.submit(one, pair.source())
-        assert (await prefill).first.finish == worker_pb2.FINISH_REASON_STOP
+        assert (await prefill).firsts[0].finish == worker_pb2.FINISH_REASON_STOP
         await pair.idle()
         await session.close()
 
@@ -182,7 +189,7 @@ async def test_an_answer_that_ends_at_its_first_token_frees_the_decode_worker() 
 async def test_a_prefill_without_a_decode_worker_gives_its_blocks_back_at_once() -> None:
     async with running_pair() as pair:
         reply = await pair.run_prefill(sequence(max_tokens=1), expect_pull=False)
-        assert reply.first.finish == worker_pb2.FINISH_REASON_LENGTH
+        assert reply.firsts[0].finish == worker_pb2.FINISH_REASON_LENGTH
         await pair.idle()
 
 
@@ -359,6 +366,8 @@ async def test_a_sequence_that_could_break_a_step_is_refused() -> None:
         sequence(prompt=[-1]),
         sequence(max_tokens=500),
         sequence(outputs=(1,) * 8),
+        sequence(choices=(1, 2, 1)),
+        sequence(choices=tuple(range(129))),
     ]
     async with running_pair() as pair:
         for one in bad:

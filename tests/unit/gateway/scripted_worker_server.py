@@ -9,7 +9,7 @@ from services.core.worker_report import WorkerReport
 from services.gateway.memory_worker_client import MemoryWorkerClient
 from services.gateway.worker_client import Sequence, Started
 from services.wire.channel import abort, new_server
-from services.wire.convert import finish_to_wire, sampling_from_wire
+from services.wire.convert import choices_from_wire, sampled_to_wire, sampling_from_wire
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 
@@ -33,11 +33,12 @@ def sequence_from_wire(wire: worker_pb2.Sequence) -> Sequence:
         output_ids=list(wire.output_ids),
         sampling=sampling_from_wire(wire.sampling),
         salt=wire.salt,
+        choices=choices_from_wire(wire),
     )
 
 
 def token_to_wire(token) -> worker_pb2.SampledToken:
-    return worker_pb2.SampledToken(index=token.index, token=token.token, finish=finish_to_wire(token.finish))
+    return sampled_to_wire(token.index, token.token, token.finish, token.choice)
 
 
 class ScriptedWorkerServer(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.DecodeServicer):
@@ -65,7 +66,8 @@ class ScriptedWorkerServer(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.Deco
             )
         except DiptychError as error:
             await abort(context, error)
-        return worker_pb2.PrefillReply(first=token_to_wire(result.first), cached_tokens=result.cached_tokens)
+        firsts = map(token_to_wire, result.firsts)
+        return worker_pb2.PrefillReply(firsts=firsts, cached_tokens=result.cached_tokens)
 
     async def Session(self, request_iterator, context):
         self.sessions_opened += 1
@@ -87,10 +89,20 @@ class ScriptedWorkerServer(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.Deco
                     task = asyncio.create_task(self._decode(command.submit, outbox))
                     running[sequence.request_id, sequence.attempt] = task
                 else:
-                    running[command.cancel.request_id, command.cancel.attempt].cancel()
+                    self._cancel(command.cancel, running)
         finally:
             for task in running.values():
                 task.cancel()
+
+    def _cancel(self, cancel, running) -> None:
+        if not cancel.choice_ids:
+            running[cancel.request_id, cancel.attempt].cancel()
+        for call in self._memory.running:
+            if (call.sequence.request_id, call.sequence.attempt) == (cancel.request_id, cancel.attempt):
+                for choice in cancel.choice_ids:
+                    self._memory.end_choice(
+                        report("w", "both", epoch=call.worker.epoch), call.sequence, choice
+                    )
 
     async def _decode(self, submit, outbox) -> None:
         sequence = sequence_from_wire(submit.sequence)

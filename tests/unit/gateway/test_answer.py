@@ -6,6 +6,7 @@ import pytest
 
 from services.core.clock import ManualClock
 from services.gateway.answer import AnswerText, TextDelta, answer
+from services.gateway.choices import Choices
 from services.gateway.detokenizer import Detokenizer, TokenBytes
 from services.gateway.journal import Journal
 from services.gateway.metrics import GatewayMetrics
@@ -25,7 +26,7 @@ def feed(tokenizer):
         answer_text = AnswerText(detokenizer, StopMatcher(stops), min_tokens)
         last = len(ids) - 1
         tokens = [OutputToken(n, token, finish if n == last else None) for n, token in enumerate(ids)]
-        return [answer_text.feed(token) for token in tokens]
+        return [delta for token in tokens if (delta := answer_text.feed(token))]
 
     return feed
 
@@ -76,7 +77,7 @@ async def test_the_workers_are_let_go_before_the_last_delta(tokenizer) -> None:
     journal = Journal("completions", ManualClock(), GatewayMetrics(), 0.0)
     text = AnswerText(Detokenizer(TokenBytes(tokenizer.backend)), StopMatcher(["STOP"]), 0)
     journal._timeline.stage = "decoding"  # where an answer's tokens arrive
-    async with aclosing(answer(events(), text, journal)) as deltas:
+    async with aclosing(answer(events(), [text], Choices(1), journal)) as deltas:
         async for delta in deltas:
             assert closed == (delta.finish is not None)
     assert closed

@@ -107,6 +107,19 @@ def test_a_failed_worker_is_avoided_for_a_while() -> None:
     assert budget.excluded == set()
 
 
+def test_a_choice_that_goes_on_by_itself_inherits_failures_and_shares_none_of_its_own() -> None:
+    whole = patience(ManualClock())
+    whole.admit_failure(AttemptFailed(WorkerLost("gone"), D1))
+    one, other = whole.fork(), whole.fork()
+    d2 = report("d2", "decode")
+    one.admit_failure(AttemptFailed(WorkerLost("gone"), d2))
+    assert one.excluded == {D1.key, d2.key}
+    assert other.excluded == {D1.key}
+    other.admit_failure(AttemptFailed(WorkerLost("gone"), D1))
+    with pytest.raises(WorkerLost):
+        one.admit_failure(AttemptFailed(WorkerLost("gone"), D1))
+
+
 class TestTheWaitingLine:
     def setup_method(self) -> None:
         self.clock = JumpingClock()

@@ -202,7 +202,7 @@ class TestInFlight:
     )
     def test_sent_work_is_added_until_it_ends(self, part, queued, running) -> None:
         in_flight = InFlight(ManualClock())
-        with in_flight.sent(self.route(part, cached=10), 40):
+        with in_flight.sent(self.route(part, cached=10), 40, 1):
             view = in_flight.added_to(self.VIEW, reports_arrive=True)
             assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (queued, running, 6)
         assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
@@ -210,13 +210,13 @@ class TestInFlight:
     def test_sent_work_is_not_counted_twice_once_reports_include_it(self) -> None:
         clock = ManualClock()
         in_flight = InFlight(clock)
-        with in_flight.sent(self.route("alone"), 40):
+        with in_flight.sent(self.route("alone"), 40, 1):
             clock.advance(REPORT_DELAY_S)
             assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
             assert in_flight.added_to(self.VIEW, reports_arrive=False).running == 1
 
     def test_a_burst_adds_up_and_never_below_zero_blocks(self) -> None:
         in_flight = InFlight(ManualClock())
-        with in_flight.sent(self.route("alone"), 100), in_flight.sent(self.route("alone"), 100):
+        with in_flight.sent(self.route("alone"), 100, 1), in_flight.sent(self.route("alone"), 100, 1):
             view = in_flight.added_to(self.VIEW, reports_arrive=True)
             assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (200, 2, 0)

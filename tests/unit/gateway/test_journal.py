@@ -50,7 +50,7 @@ def told() -> Told:
 
 
 def test_timings_of_a_split_request(told) -> None:
-    first = PrefillResult(OutputToken(0, 5), cached_tokens=4, queue_ms=7.0, compute_ms=80.0)
+    first = PrefillResult((OutputToken(0, 5),), cached_tokens=4, queue_ms=7.0, compute_ms=80.0)
     told.tell(0.25, routed(), 0.1, first, OutputToken(0, 5))
     told.tell(
         0.05, Started(6, 0.0, 1000, 40.0, 5.0), 0.2, OutputToken(1, 6), 0.2, OutputToken(2, 7, "length")
@@ -66,7 +66,7 @@ def test_timings_of_a_split_request(told) -> None:
 
 
 def test_usage_counts_all_tokens_and_the_prefill_s_cache(told) -> None:
-    first = PrefillResult(OutputToken(0, 5), cached_tokens=4, queue_ms=0.0, compute_ms=0.0)
+    first = PrefillResult((OutputToken(0, 5),), cached_tokens=4, queue_ms=0.0, compute_ms=0.0)
     told.tell(routed(), first, OutputToken(0, 5), Started(6, 0.0, 0, 0.0, 0.0), OutputToken(1, 5, "length"))
     usage = told.journal.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (10, 2, 12)
@@ -83,8 +83,8 @@ def test_a_decode_worker_alone_says_what_was_cached_and_its_prefill_is_timed_her
 
 
 def test_a_resume_does_not_change_what_was_cached_of_the_prompt(told) -> None:
-    first = PrefillResult(OutputToken(0, 5), cached_tokens=4, queue_ms=0.0, compute_ms=0.0)
-    again = PrefillResult(OutputToken(1, 6, "stop"), cached_tokens=11, queue_ms=0.0, compute_ms=0.0)
+    first = PrefillResult((OutputToken(0, 5),), cached_tokens=4, queue_ms=0.0, compute_ms=0.0)
+    again = PrefillResult((OutputToken(1, 6, "stop"),), cached_tokens=11, queue_ms=0.0, compute_ms=0.0)
     told.tell(routed(), first, OutputToken(0, 5), AttemptFailed(WorkerLost("gone"), D))
     told.tell(routed(), again, OutputToken(1, 6, "stop"))
     assert told.journal.usage.prompt_tokens_details.cached_tokens == 4
@@ -94,8 +94,34 @@ def test_a_resume_does_not_change_what_was_cached_of_the_prompt(told) -> None:
     assert told.metric("cached_tokens_total") == 4
 
 
+def test_choices_are_counted_together_and_timed_apart(told) -> None:
+    firsts = (OutputToken(0, 5, None, 0), OutputToken(0, 6, None, 1))
+    told.tell(routed(), PrefillResult(firsts, 4, 0.0, 0.0), *firsts, Started(0, 0.0, 100, 1.0, 1.0))
+    told.tell(0.25, OutputToken(1, 5, None, 0), 0.25, OutputToken(1, 6, "stop", 1))
+    told.tell(0.25, OutputToken(2, 5, "length", 0))
+    usage, timings = told.journal.usage, told.journal.timings
+    assert (usage.prompt_tokens, usage.completion_tokens) == (10, 5)
+    assert (timings.decode, timings.tokens_per_second) == (750.0, 4.0)
+    assert told.metric("inter_token_seconds_sum") == 0.25 + 0.5 + 0.5
+    assert told.metric("inter_token_seconds_count") == 3
+    assert told.metric("prompt_tokens_total") == 10
+
+
+def test_choices_that_go_on_apart_keep_the_request_s_stages_legal(told) -> None:
+    lost = WorkerLost("gone")
+    first = (OutputToken(0, 5, None, 0), OutputToken(0, 6, None, 1))
+    with told.journal.keeping():
+        told.tell(routed(), PrefillResult(first, 0, 0.0, 0.0), *first, AttemptFailed(lost, D))
+        told.tell(routed(prefill=None), AttemptFailed(lost, D, others_go_on=True), routed())
+        told.tell(Started(0, 0.0, 0, 0.0, 0.0), OutputToken(1, 5, "length", 0), routed(prefill=None))
+        told.tell(AttemptFailed(lost, D, others_go_on=True), routed(), OutputToken(1, 5, "stop", 1))
+    assert told.metric("requests_total", endpoint="completions", outcome="ok") == 1
+    assert told.metric("retries_total", error="worker_lost") == 3
+    assert told.journal.usage.completion_tokens == 4
+
+
 def test_stages_are_observed_when_they_are_left(told) -> None:
-    first = PrefillResult(OutputToken(0, 5), cached_tokens=0, queue_ms=0.0, compute_ms=0.0)
+    first = PrefillResult((OutputToken(0, 5),), cached_tokens=0, queue_ms=0.0, compute_ms=0.0)
     with told.journal.keeping():
         told.tell(0.5, routed(), 1.0, first, OutputToken(0, 5), 0.25, Started(0, 0.0, 0, 0.0, 0.0), 2.0)
         told.tell(OutputToken(1, 5, "length"))
@@ -124,7 +150,7 @@ def test_stages_are_observed_when_they_are_left(told) -> None:
     ],
 )
 def test_every_request_ends_with_exactly_one_outcome(told, error, outcome) -> None:
-    finished = PrefillResult(OutputToken(0, 5, "stop"), 0, 0.0, 0.0)
+    finished = PrefillResult((OutputToken(0, 5, "stop"),), 0, 0.0, 0.0)
     expected = pytest.raises(type(error)) if error is not None else nullcontext()
     with expected, told.journal.keeping():
         told.tell(routed(), finished, OutputToken(0, 5, "stop"))

@@ -11,6 +11,7 @@ from router.state import RouteOptions
 from services.core.clock import SystemClock
 from services.core.errors import EngineFailed, NoWorker
 from services.core.sampling import SamplingParams
+from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.generation import AttemptFailed, Routed
 from services.gateway.memory_worker_client import Fault, MemoryWorkerClient
@@ -29,7 +30,9 @@ async def arriving(events):
 
 
 async def ordered(events, next_index: int = 0) -> list:
-    return [event async for event in in_index_order(arriving(events), next_index)]
+    choices = Choices(1)
+    choices.delivered[0] = [0] * next_index
+    return [event async for event in in_index_order(arriving(events), [0], choices)]
 
 
 def tokens_of(events) -> list[int]:
@@ -37,7 +40,7 @@ def tokens_of(events) -> list[int]:
 
 
 async def test_a_second_token_that_comes_first_waits_for_the_first() -> None:
-    first = PrefillResult(OutputToken(0, 50), 3, 1.0, 2.0)
+    first = PrefillResult((OutputToken(0, 50),), 3, 1.0, 2.0)
     events = [STARTED, OutputToken(1, 51), first, OutputToken(2, 52, "length")]
     assert await ordered(events) == [
         STARTED,
@@ -55,6 +58,31 @@ async def test_nothing_follows_the_token_that_ends_the_answer() -> None:
 
 async def test_tokens_before_the_resumed_point_are_dropped() -> None:
     assert tokens_of(await ordered([OutputToken(n, n) for n in range(6)], next_index=4)) == [4, 5]
+
+
+async def test_each_choice_has_an_order_and_an_end_of_its_own() -> None:
+    choices = Choices(2)
+    firsts = (OutputToken(0, 10, None, 0), OutputToken(0, 20, None, 1))
+    ends = OutputToken(2, 12, "stop", 0), OutputToken(2, 22, "length", 1)
+    events = [OutputToken(1, 21, None, 1), PrefillResult(firsts, 0, 0.0, 0.0), ends[0]]
+    events += [OutputToken(1, 11, None, 0), OutputToken(3, 13, None, 0), ends[1], OutputToken(3, 23, None, 1)]
+    found = [event async for event in in_index_order(arriving(events), [0, 1], choices)]
+    assert [(e.choice, e.token) for e in found if isinstance(e, OutputToken)] == [
+        *((0, 10), (1, 20), (1, 21), (0, 11), (0, 12), (1, 22))
+    ]
+    assert choices.delivered == [[10, 11, 12], [20, 21, 22]]
+
+
+async def test_an_attempt_ends_with_the_last_choice_that_somebody_wants() -> None:
+    choices = Choices(3)
+    choices.close(2)
+    given = []
+    events = [OutputToken(index, index, None, choice) for index in range(5) for choice in range(3)]
+    async for token in in_index_order(arriving(events), [0, 1, 2], choices):
+        given.append((token.choice, token.index))
+        if token.index == 1 + token.choice:
+            choices.close(token.choice)
+    assert given == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2)]
 
 
 @given(st.lists(st.integers(0, 8), max_size=40), st.integers(0, 4))
@@ -86,7 +114,7 @@ class World:
             output_ids=[],
             sampling=SamplingParams(**{"max_tokens": 3, **sampling}),
         )
-        async with aclosing(self.pipeline.attempt(sequence, excluded, self.deadline)) as events:
+        async with aclosing(self.pipeline.attempt(sequence, Choices(1), excluded, self.deadline)) as events:
             return [event async for event in events]
 
 

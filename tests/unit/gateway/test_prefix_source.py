@@ -9,6 +9,7 @@ from router.state import RouteOptions
 from services.core.block_hash import chain_hashes, chain_root
 from services.core.clock import ManualClock, SystemClock
 from services.core.sampling import SamplingParams
+from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.generation import AttemptFailed, Routed
 from services.gateway.journal import Journal
@@ -59,9 +60,8 @@ class Cluster:
         for worker in self.reports.values():
             await self._membership.announce(worker)
         await self.view.refresh()
-        events = [
-            event async for event in self._pipeline.attempt(sequence(), frozenset(excluded), self._deadline)
-        ]
+        attempt = self._pipeline.attempt(sequence(), Choices(1), frozenset(excluded), self._deadline)
+        events = [event async for event in attempt]
         assert not any(isinstance(event, AttemptFailed) for event in events)
         return events[0]
 

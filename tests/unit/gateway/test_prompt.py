@@ -18,7 +18,7 @@ CONTEXT = 200
 
 @pytest.fixture
 def reader(served_model) -> PromptReader:
-    return PromptReader(served_model, lambda: CONTEXT, random.Random(5))
+    return PromptReader(served_model, lambda: CONTEXT, 8, random.Random(5))
 
 
 def chat(*messages, **fields) -> ChatCompletionRequest:
@@ -49,7 +49,7 @@ async def test_text_parts_are_joined_and_developers_are_systems(reader) -> None:
 
 async def test_a_long_prompt_gives_the_same_tokens_as_the_tokenizer(reader, tokenizer) -> None:
     text = "a" * THREAD_CHARACTERS_MIN + " end"
-    reader = PromptReader(reader.model, lambda: 10**6, reader.rng)
+    reader = PromptReader(reader.model, lambda: 10**6, 8, reader.rng)
     generation = await reader.read(completion(text), "r", 0.0)
     assert generation.prompt_ids == tokenizer.encode(text, add_special_tokens=True)
 
@@ -87,7 +87,7 @@ async def test_long_conversations_are_rendered_and_tokenised_beside_the_event_lo
     plain = served_model.tokenizer
     watched = Watched(plain.backend, plain.end_token_ids, ChatTemplate({}, {}))
     model = replace(served_model, tokenizer=watched)
-    await PromptReader(model, lambda: 10**6, random.Random(5)).read(chat(*messages), "r", 0.0)
+    await PromptReader(model, lambda: 10**6, 8, random.Random(5)).read(chat(*messages), "r", 0.0)
     assert len(threads) == 2
     assert threading.current_thread() not in threads
 
@@ -124,7 +124,7 @@ async def test_any_seed_fits_a_signed_64_bit_integer_and_stays_the_same(reader, 
 
 async def test_seeds_are_drawn_when_none_is_given_and_follow_the_gateway_s(served_model) -> None:
     async def drawn() -> list[int]:
-        reader = PromptReader(served_model, lambda: CONTEXT, random.Random(11))
+        reader = PromptReader(served_model, lambda: CONTEXT, 8, random.Random(11))
         return [(await reader.read(completion("a"), "r", 0.0)).sampling.seed for _ in range(3)]
 
     first, second = await drawn(), await drawn()

@@ -15,10 +15,21 @@ from tests.unit.gateway.scripted_worker_server import ScriptedWorkerServer, repo
 ANSWER = [11, 12, 13, 14, 15]
 
 
-def sequence(request_id: str = "r", *, outputs: int = 0, max_tokens: int = 5, ends: tuple[int, ...] = ()):
-    sampling = SamplingParams(max_tokens=max_tokens, end_token_ids=ends, seed=2**63 - 1)
+def sequence(
+    request_id: str = "r",
+    *,
+    outputs: int = 0,
+    max_tokens: int = 5,
+    ends: tuple[int, ...] = (),
+    choices: tuple[int, ...] = (0,),
+):
     return Sequence(
-        request_id=request_id, attempt=1, prompt_ids=[1, 2], output_ids=ANSWER[:outputs], sampling=sampling
+        request_id=request_id,
+        attempt=1,
+        prompt_ids=[1, 2],
+        output_ids=ANSWER[:outputs],
+        sampling=SamplingParams(max_tokens=max_tokens, end_token_ids=ends, seed=2**63 - 1),
+        choices=choices,
     )
 
 
@@ -60,18 +71,52 @@ class TestWorkerClient:
     async def test_prefill_gives_the_first_token(self, cluster) -> None:
         client, _, worker = cluster
         result = await client.prefill(worker, sequence(), expect_pull=True)
-        assert result.first == OutputToken(0, 11, None)
+        assert result.firsts[0] == OutputToken(0, 11, None)
 
     async def test_prefill_of_a_resume_gives_the_token_after_the_delivered_ones(self, cluster) -> None:
         client, _, worker = cluster
         result = await client.prefill(worker, sequence(outputs=2), expect_pull=True)
-        assert result.first == OutputToken(2, 13, None)
+        assert result.firsts[0] == OutputToken(2, 13, None)
 
     async def test_a_prefill_that_ends_the_answer_says_why(self, cluster) -> None:
         client, _, worker = cluster
         stopped = await client.prefill(worker, sequence(ends=(11,)), expect_pull=False)
         cut = await client.prefill(worker, sequence(max_tokens=1), expect_pull=False)
-        assert (stopped.first.finish, cut.first.finish) == ("stop", "length")
+        assert (stopped.firsts[0].finish, cut.firsts[0].finish) == ("stop", "length")
+
+    async def test_prefill_gives_a_first_token_of_each_choice(self, cluster) -> None:
+        client, _, worker = cluster
+        result = await client.prefill(worker, sequence(choices=(1, 3)), expect_pull=True)
+        assert result.firsts == (OutputToken(0, 12, None, 1), OutputToken(0, 14, None, 3))
+
+    async def test_decode_ends_when_every_choice_has_ended(self, cluster) -> None:
+        client, behind, worker = cluster
+        _, *tokens = await collect(client.decode(worker, sequence(choices=(0, 2), ends=(15,)), None))
+        assert [token.token for token in tokens if token.choice == 0] == ANSWER
+        assert [token.token for token in tokens if token.choice == 2] == [13, 14, 15]
+        assert [token.finish for token in tokens if token.finish] == ["stop", "stop"]
+        await until(lambda: behind.running == [])
+        assert behind.cancelled == []
+
+    async def test_an_ended_choice_ends_alone(self, cluster) -> None:
+        client, behind, worker = cluster
+        behind.script("w", "decode", hanging := Fault(None, after_tokens=1))
+        one = sequence(choices=(0, 1, 2))
+        async with aclosing(client.decode(worker, one, None)) as events:
+            for _ in range(4):  # Started, and one token of each
+                await anext(events)
+            client.end_choice(worker, one, 1)
+            await until(lambda: [choice for _, choice in behind.ended_choices] == [1])
+            hanging.end.set()
+            rest = [await anext(events) for _ in range(8)]
+        assert {token.choice for token in rest} == {0, 2}
+
+    async def test_ending_a_choice_of_a_call_that_is_over_is_harmless(self, cluster) -> None:
+        client, behind, worker = cluster
+        await collect(client.decode(worker, sequence(choices=(0, 1)), None))
+        client.end_choice(worker, sequence(choices=(0, 1)), 1)
+        assert len(await collect(client.decode(worker, sequence("next"), None))) == 6
+        assert behind.ended_choices == []
 
     async def test_decode_alone_gives_started_and_all_tokens(self, cluster) -> None:
         client, _, worker = cluster

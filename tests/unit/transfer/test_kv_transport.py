@@ -127,7 +127,7 @@ async def test_all_blocks_arrive_in_their_places_with_the_first_token(connect) -
     async with connect(source, compatibility()) as link:
         puller = Puller(*link)
         received = await puller.receive()
-    assert received.first == FirstToken(0, 42, None)
+    assert received.firsts == (FirstToken(0, 42, None),)
     assert puller.memory.read(range(6)) == source.memory.read(TABLE)
     assert received.bytes == 6 * source.memory.block_bytes
     assert puller.landed[-1] == TOKENS
@@ -158,7 +158,7 @@ async def test_chunks_travel_while_the_prefill_still_computes(connect) -> None: 
             assert puller.landed[-1] == readable, "a partial block travelled before its end was computed"
         lease.advanced(TOKENS, TABLE)
         lease.finished(FirstToken(0, 42, "stop"), 0.0)
-        assert (await receiving).first.finish == "stop"
+        assert (await receiving).firsts[0].finish == "stop"
 
 
 async def test_a_restarted_source_is_recognised_by_its_epoch(connect) -> None:  # type: ignore[no-untyped-def]
@@ -213,7 +213,7 @@ async def test_blocks_of_another_size_are_cut_anew(connect, block_size: int) -> 
     async with connect(source, compatibility(block_size)) as link:
         puller = Puller(*link, block_size)
         received = await puller.receive()
-    assert received.first == FirstToken(0, 42, None)
+    assert received.firsts == (FirstToken(0, 42, None),)
     for token in range(TOKENS):
         expected = token_bytes(source.memory, TABLE, token)
         assert token_bytes(puller.memory, puller.table, token) == expected, token

@@ -77,7 +77,7 @@ async def test_a_pull_without_a_prefill_ends_and_leaves_nothing_parked(subject: 
 
 async def test_a_failed_prefill_wakes_its_reader_with_the_reason(subject: Subject) -> None:
     lease = subject.table.open("a", 10)
-    reader = asyncio.create_task(lease.until(lambda: lease.first is not None))
+    reader = asyncio.create_task(lease.until(lambda: bool(lease.firsts)))
     await asyncio.sleep(0)
     subject.table.fail(lease, RequestCancelled("gone"))
     with pytest.raises(RequestCancelled):
@@ -89,7 +89,7 @@ async def test_a_failed_prefill_wakes_its_reader_with_the_reason(subject: Subjec
 async def test_a_puller_that_gives_up_ends_the_prefill(subject: Subject) -> None:
     lease = subject.table.open("a", 10)
     with subject.table.hold(lease):
-        running = asyncio.create_task(lease.until(lambda: lease.first is not None))
+        running = asyncio.create_task(lease.until(lambda: bool(lease.firsts)))
         await asyncio.sleep(0)
         assert not subject.table.release("a")
         with pytest.raises(Overloaded, match="gave the transfer up"):
@@ -99,7 +99,7 @@ async def test_a_puller_that_gives_up_ends_the_prefill(subject: Subject) -> None
 
 async def test_an_expired_lease_wakes_its_reader(subject: Subject) -> None:
     lease = subject.table.open("a", 10)
-    reader = asyncio.create_task(lease.until(lambda: lease.first is not None))
+    reader = asyncio.create_task(lease.until(lambda: bool(lease.firsts)))
     await asyncio.sleep(0)
     subject.clock.advance(6)
     subject.table.expire_due()
