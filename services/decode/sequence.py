@@ -1,13 +1,13 @@
 """One sequence on a decode worker: reserve blocks, receive the KV, decode.
 
-    submit ── Admitted ──┬─ no source ─────────────────────────── Token* (the engine computes all)
+    submit ── Admitted ──┬─ no source (── fetch of a prefix) ─── Token* (the engine computes the rest)
                          └─ source ── receive_kv ── Start ─────── Token*
                                          └ failed, revoked or cancelled ── Drop
 
 It may have several choices: one transfer, and after it tokens, a finish or a cancel of each.
 
-The blocks are written by the receiving task alone, and dropped only after that task has ended: no
-block is reused while KV may still land in it.
+The blocks are written by the receiving (or fetching) task alone, and dropped only after that task has
+ended: no block is reused while KV may still land in it.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from services.engine.messages import (
     Token,
 )
 from services.transfer.destination import Destination
+from services.transfer.fetch import PrefixFetcher, PrefixOffer
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import KvSource, KvTransport
 from services.transfer.receive import Received, ReceiveObserver, receive_kv
@@ -54,6 +55,7 @@ class DecodeParts:
     on_received: Callable[[Received], None]
     on_failed: Callable[[DiptychError], None]
     on_pull_broke: Callable[[DiptychError], None]
+    fetcher: PrefixFetcher
 
 
 class DecodeSequence:
@@ -66,9 +68,11 @@ class DecodeSequence:
         parts: DecodeParts,
         emit: Callable[[DecodeOutput], None],
         on_end: Callable[[], None],
+        prefix: PrefixOffer | None = None,
     ) -> None:
         self._submit = submit
         self._source = source
+        self._prefix = prefix
         self._parts = parts
         self._emit = emit
         self._on_end = on_end
@@ -133,11 +137,31 @@ class DecodeSequence:
                 self._end()
 
     def _admitted(self, event: Admitted) -> None:
-        if self._source is None:
+        if self._source is not None:
+            self._emit(worker_pb2.DecodeReserved())
+            self._begin_receive(self._source, event)
+        elif event.fetch_tokens:
+            self._emit(worker_pb2.DecodeReserved())
+            self._begin_fetch(event)
+        else:
             self._emit(worker_pb2.DecodeStarted(cached_tokens=event.cached_tokens, queue_ms=event.queue_ms))
-            return
-        self._emit(worker_pb2.DecodeReserved())
-        self._receiving = asyncio.create_task(self._receive(self._source, event))
+
+    def _begin_fetch(self, event: Admitted) -> None:
+        assert self._prefix is not None
+        self._parts.fetcher.start(
+            *(self._prefix, event.block_ids, event.cached_tokens, event.fetch_tokens),
+            done=lambda fetched: self._emit(
+                worker_pb2.DecodeStarted(
+                    cached_tokens=event.cached_tokens,
+                    queue_ms=event.queue_ms,
+                    fetched_tokens=fetched.tokens,
+                    fetch_ms=fetched.ms,
+                )
+            ),
+        )
+
+    def _begin_receive(self, source: KvSource, event: Admitted) -> None:
+        self._receiving = asyncio.create_task(self._receive(source, event))
         # Not in the task itself: one that is cancelled before its first turn never runs a line.
         self._receiving.add_done_callback(lambda task: self._received(event, task))
 
@@ -202,7 +226,8 @@ class DecodeSequence:
         """Give everything back, once."""
         if not self._ended:
             self._ended = True
-            self._parts.engine.drop(self._submit.seq_id)
+            seq_id = self._submit.seq_id
+            self._parts.fetcher.stop(seq_id, then=lambda: self._parts.engine.drop(seq_id))
             self._on_end()
 
 

@@ -14,6 +14,7 @@ from services.core.errors import DiptychError, Overloaded, facts
 from services.decode.sequence import DecodeOutput, DecodeParts, DecodeSequence
 from services.engine.incarnation import Incarnation
 from services.engine.submission import SequenceBounds
+from services.transfer.fetch import prefix_offer
 from services.transfer.protocol import KvSource
 from services.wire.channel import abort
 from services.wire.convert import attempt_id
@@ -82,6 +83,7 @@ class Session:
                 self._parts,
                 emit=lambda output: self._emit(wire, output),
                 on_end=lambda: self._forget(seq_id),
+                prefix=prefix_offer(wire),
             )
             sequence.open()
             self._sequences[seq_id] = sequence

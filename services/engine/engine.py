@@ -172,6 +172,7 @@ class Engine:
             if sequence.state is State.FETCHING:
                 sequence.computed = max(sequence.computed, command.proven)
                 sequence.seal(self._pool, sequence.computed)
+                self._report_advance(sequence)
                 return
             assert sequence.state in _RESERVED, "KV landed for a sequence that expects none"
             sequence.computed = max(sequence.computed, command.tokens)
@@ -215,10 +216,13 @@ class Engine:
         sequence = chunk.sequence
         sequence.computed += chunk.tokens
         sequence.seal(self._pool, sequence.computed)
-        if sequence.kind == "prefill":
-            self._advanced.append(Advanced(sequence.seq_id, sequence.computed, list(sequence.blocks)))
+        self._report_advance(sequence)
         if tokens:
             self._sampled(sequence, tokens)
+
+    def _report_advance(self, sequence: Sequence) -> None:
+        if sequence.kind == "prefill":
+            self._advanced.append(Advanced(sequence.seq_id, sequence.computed, list(sequence.blocks)))
 
     def _sampled(self, sequence: Sequence, tokens: list[int]) -> None:
         """Report a token of each choice; those that it does not end go on."""

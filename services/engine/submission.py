@@ -25,6 +25,7 @@ class SequenceBounds:
             sampling=sampling_from_wire(sequence.sampling),
             salt=sequence.salt,
             choices=choices_from_wire(sequence),
+            fetch_tokens=sequence.prefix.tokens if kind != "receive" else 0,
         )
         self._check(submit)
         return submit

@@ -16,6 +16,7 @@ from services.engine.handle import EngineHandle, Event
 from services.engine.incarnation import Incarnation
 from services.engine.messages import Admitted, Advanced, Refused, Revoked, Submit, Token
 from services.engine.submission import SequenceBounds
+from services.transfer.fetch import PrefixFetcher, PrefixOffer, prefix_offer
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.protocol import FirstToken
 from services.wire.channel import abort
@@ -33,7 +34,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         clock: Clock,
         pull_wait_s: float,
         on_failed: Callable[[DiptychError], None],
+        fetcher: PrefixFetcher,
     ) -> None:
+        """Whoever frees a lease's blocks must first stop `fetcher` on its sequence."""
         self._engine = engine
         self._leases = leases
         self._incarnation = incarnation
@@ -41,6 +44,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._clock = clock
         self._pull_wait_s = pull_wait_s
         self._on_failed = on_failed
+        self._fetcher = fetcher
 
     async def Run(
         self,
@@ -61,7 +65,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         lease = self._leases.open(submit.seq_id, len(submit.prompt_ids) + len(submit.output_ids))
         try:
             with self._leases.hold(lease):
-                compute_ms = await self._compute(submit, lease, request.expect_pull)
+                if request.expect_pull:
+                    await self._wait_for_pull(lease)
+                compute_ms = await self._compute(submit, lease, prefix_offer(request.sequence))
         except DiptychError as error:
             self._leases.fail(lease, error)
             raise
@@ -76,17 +82,18 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             cached_tokens=lease.cached_tokens,
             queue_ms=lease.queue_ms,
             compute_ms=compute_ms,
+            fetched_tokens=lease.fetched_tokens,
+            fetch_ms=lease.fetch_ms,
         )
 
-    async def _compute(self, submit: Submit, lease: Lease, expect_pull: bool) -> float:
-        """Wait for the first tokens; the milliseconds from the sequence's admission to them."""
-        if expect_pull:
-            await self._wait_for_pull(lease)
+    async def _compute(self, submit: Submit, lease: Lease, prefix: PrefixOffer | None) -> float:
+        """Wait for the first tokens; the milliseconds from the sequence's admission to them, without those
+        of a fetch."""
         submitted_s = self._clock.now()
-        self._engine.submit(submit, lambda event: self._on_event(lease, event))
-        await lease.until(lambda: bool(lease.firsts))
+        self._engine.submit(submit, lambda event: self._on_event(lease, prefix, event))
+        await lease.until(lambda: lease.complete)
         assert len(lease.firsts) == len(submit.choices), "all first tokens come at once"
-        return (lease.first_at_s - submitted_s) * 1e3 - lease.queue_ms
+        return (lease.complete_at_s - submitted_s) * 1e3 - lease.queue_ms - lease.fetch_ms
 
     async def _wait_for_pull(self, lease: Lease) -> None:
         """No block is allocated before the pull proves that the decode worker has room."""
@@ -96,10 +103,16 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         except TimeoutError:
             raise PullerLost(f"no decode worker pulled within {self._pull_wait_s:g} s") from None
 
-    def _on_event(self, lease: Lease, event: Event) -> None:
+    def _on_event(self, lease: Lease, prefix: PrefixOffer | None, event: Event) -> None:
         match event:
             case Admitted():
                 lease.admitted(event.block_ids, event.cached_tokens, event.queue_ms)
+                if event.fetch_tokens:
+                    assert prefix is not None
+                    self._fetcher.start(
+                        *(prefix, event.block_ids, event.cached_tokens, event.fetch_tokens),
+                        done=lambda fetched: lease.fetched(fetched.tokens, fetched.ms),
+                    )
             case Advanced():
                 lease.advanced(event.computed, event.block_ids)
             case Token():

@@ -1,7 +1,7 @@
 """KV over gRPC: payloads inside the messages, each with its CRC32C. Works over plain TCP everywhere."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from services.core.block_hash import Compatibility
 from services.core.errors import DiptychError, KvCorrupt, KvLinkLost, KvSourceLost, WorkerLost
 from services.transfer.destination import Destination
 from services.transfer.inline import place_inline
-from services.transfer.protocol import Arrived, FirstToken, KvChunk, KvHeader, KvSource, PullOrder
+from services.transfer.protocol import Arrived, FirstToken, KvChunk, KvHeader, KvSource, LendOrder, PullOrder
 from services.transfer.server import KvServer
 from services.wire.channel import TCP, Network, abort, carries_error, from_rpc_error
 from services.wire.convert import (
@@ -66,6 +66,18 @@ class GrpcKvTransport:
                     yield _message_from_wire(message, source)
             finally:
                 call.cancel()
+
+    async def lend(self, source: KvSource, transfer_id: str, token_ids: Sequence[int], salt: str) -> int:
+        request = transfer_pb2.LendRequest(
+            transfer_id=transfer_id,
+            token_ids=token_ids,
+            salt=salt,
+            epoch=source.epoch,
+            compatibility=self._compatibility,
+        )
+        async with self._calling(source) as stub:
+            reply = await stub.Lend(request)
+            return int(reply.tokens)
 
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         request = transfer_pb2.ReleaseRequest(transfer_id=transfer_id, epoch=source.epoch)
@@ -130,6 +142,23 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
             async with aclosing(self._server.pull(order)) as messages:
                 async for message in messages:
                     yield _message_to_wire(message)
+        except DiptychError as error:
+            await abort(context, error)
+
+    async def Lend(
+        self,
+        request: transfer_pb2.LendRequest,
+        context: "grpc.aio.ServicerContext[transfer_pb2.LendRequest, transfer_pb2.LendReply]",
+    ) -> transfer_pb2.LendReply:
+        order = LendOrder(
+            transfer_id=request.transfer_id,
+            token_ids=list(request.token_ids),
+            salt=request.salt,
+            epoch=request.epoch,
+            compatibility=compatibility_from_wire(request.compatibility),
+        )
+        try:
+            return transfer_pb2.LendReply(tokens=await self._server.lend(order))
         except DiptychError as error:
             await abort(context, error)
 

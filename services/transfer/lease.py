@@ -1,10 +1,13 @@
-"""Leases: the right of one transfer to read one sequence's blocks on the prefill worker.
+"""Leases: the right of one transfer to read one sequence's blocks on the worker that computed them.
+
+Most leases are of a prefill, and what they let read grows with it. A loan is the lease of a prefix that
+lies in the cache: complete from the start, and with an end that no reader can put off.
 
 A lease is open from the prefill's start until exactly one of
 
     released   the puller has read everything and says so: the only end that makes the KV valid
     stale      a block was reused under it (by its generation): a fault of ours, found before harm
-    expired    nobody held it for the time to live
+    expired    nobody held it for the time to live, or a loan's time was over
     failed     the prefill was cancelled or broke
 
 While a Run or Pull call is open it holds the lease, which then cannot expire. The table lives in the
@@ -13,6 +16,7 @@ does `on_end` let the engine reuse the blocks. Whoever asks about an ended lease
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -20,6 +24,11 @@ from typing import Literal
 from services.core.clock import Clock
 from services.core.errors import DiptychError, KvSourceLost, KvStale, Overloaded, WorkerLost
 from services.transfer.protocol import FirstToken
+
+# A loan keeps blocks from being evicted for others. A gigabyte takes a second or two; a reader that needs
+# longer than this would have computed the prefix by now.
+LOAN_S = 20.0
+LOANS_MAX = 16
 
 LeaseEnd = Literal["released", "stale", "expired", "failed"]
 
@@ -36,11 +45,15 @@ class Lease:
         self.computed = 0  # the KV of all tokens before this may be read
         self.cached_tokens = 0
         self.queue_ms = 0.0
+        self.fetched_tokens = 0  # from another worker's cache, before the prefill
+        self.fetch_ms = 0.0
+        self.complete = False  # the KV of all its tokens may be read
+        self.complete_at_s = 0.0
         self.firsts: list[FirstToken] = []  # one of each choice, once the prefill has ended
-        self.first_at_s = 0.0
         self.error: DiptychError | None = None
         self.holders = 0
         self.expires_at_s = 0.0  # means something only while nobody holds it
+        self.ends_at_s = math.inf  # whoever holds it
         self.pulled = False
         self._changed = asyncio.Event()
 
@@ -49,6 +62,10 @@ class Lease:
         self.cached_tokens = self.computed = cached_tokens
         self.queue_ms = queue_ms
         self._notify()
+
+    def fetched(self, tokens: int, ms: float) -> None:
+        """For the record: what was fetched is reported as computed, by `advanced`."""
+        self.fetched_tokens, self.fetch_ms = tokens, ms
 
     def advanced(self, computed: int, block_ids: list[int]) -> None:
         self.computed = computed
@@ -64,8 +81,12 @@ class Lease:
         """The prefill has ended with the first token of a choice. Those of all choices come in one turn of
         the event loop, so whoever waits sees all of them."""
         self.firsts.append(first)
-        self.first_at_s = at_s
-        self._notify()
+        self._completed(at_s)
+
+    def lent(self, block_ids: list[int], tokens: int, at_s: float) -> None:
+        self._give(block_ids)
+        self.tokens = self.computed = tokens
+        self._completed(at_s)
 
     def failed(self, error: DiptychError) -> None:
         self.error = self.error or error
@@ -81,6 +102,11 @@ class Lease:
             if self.error:
                 raise self.error
             await self._changed.wait()
+
+    def _completed(self, at_s: float) -> None:
+        self.complete = True
+        self.complete_at_s = at_s
+        self._notify()
 
     def _give(self, block_ids: list[int]) -> None:
         new = block_ids[len(self.block_ids) :]
@@ -123,6 +149,14 @@ class LeaseTable:
                 waiter.set_result(lease)
         return lease
 
+    def open_loan(self, transfer_id: str) -> Lease:
+        """Raises Overloaded while there are too many."""
+        if sum(lease.ends_at_s < math.inf for lease in self._leases.values()) >= LOANS_MAX:
+            raise Overloaded(f"the worker lends {LOANS_MAX} prefixes already")
+        lease = self.open(transfer_id, 0)
+        lease.ends_at_s = self._clock.now() + LOAN_S
+        return lease
+
     def knows(self, transfer_id: str) -> bool:
         return transfer_id in self._leases
 
@@ -161,7 +195,7 @@ class LeaseTable:
         if self._is_due(lease):
             self._end(lease, "expired")
             return False
-        if not lease.firsts:
+        if not lease.complete:
             self.fail(lease, Overloaded("the decode worker gave the transfer up"))
             return False
         if not lease.unchanged():
@@ -193,7 +227,8 @@ class LeaseTable:
             self.expire_due()
 
     def _is_due(self, lease: Lease) -> bool:
-        return lease.holders == 0 and self._clock.now() >= lease.expires_at_s
+        now = self._clock.now()
+        return now >= lease.ends_at_s or (lease.holders == 0 and now >= lease.expires_at_s)
 
     def _end(self, lease: Lease, how: LeaseEnd) -> None:
         del self._leases[lease.transfer_id]

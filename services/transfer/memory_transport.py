@@ -1,13 +1,13 @@
 """The in-memory twin of KvTransport: servers of the same process, by address."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from services.core.block_hash import Compatibility
 from services.core.errors import KvSourceLost
 from services.transfer.destination import Destination
 from services.transfer.inline import place_inline
-from services.transfer.protocol import Arrived, KvSource, PullOrder
+from services.transfer.protocol import Arrived, KvSource, LendOrder, PullOrder
 from services.transfer.server import KvServer
 
 
@@ -29,6 +29,16 @@ class MemoryKvTransport:
         async with aclosing(placing) as arriving:
             async for arrived in arriving:
                 yield arrived
+
+    async def lend(self, source: KvSource, transfer_id: str, token_ids: Sequence[int], salt: str) -> int:
+        order = LendOrder(
+            transfer_id=transfer_id,
+            token_ids=token_ids,
+            salt=salt,
+            epoch=source.epoch,
+            compatibility=self._compatibility,
+        )
+        return await self._server(source).lend(order)
 
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         return self._server(source).release(transfer_id, source.epoch)

@@ -4,7 +4,7 @@ source   KvServer.pull   ->  KvHeader, KvChunk, KvChunk, ...      (what travels)
 reader   KvTransport.pull -> Arrived, Arrived, ...                (what is in place)
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,17 @@ class PullOrder:
     compatibility: Compatibility  # the reader's
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LendOrder:
+    """Leading tokens whose KV a reader hopes to find in a source's cache."""
+
+    transfer_id: str
+    token_ids: Sequence[int]
+    salt: str
+    epoch: int  # of the source the gateway chose
+    compatibility: Compatibility  # the reader's
+
+
 @dataclass(frozen=True, slots=True)
 class KvHeader:
     """What a reader must know before the first chunk."""
@@ -56,7 +67,7 @@ class KvChunk:
     first_token: int  # a multiple of the source's block size
     tokens: int
     payload: bytes
-    firsts: tuple[FirstToken, ...] = ()  # in the last chunk only: one of each choice
+    firsts: tuple[FirstToken, ...] = ()  # in the last chunk of a prefill only: one of each choice
     exposed_ms: float = 0.0  # in the last chunk only: from the end of the prefill to its sending
 
 
@@ -77,11 +88,20 @@ class KvTransport(Protocol):
     def pull(
         self, source: KvSource, transfer_id: str, destination: Destination, first_token: int
     ) -> AsyncGenerator[Arrived, None]:
-        """Put the KV of a prompt from `first_token` on into its place, while it is computed. The last
-        value has `firsts`. Once the generator is closed, nothing of it writes to the destination any more.
+        """Put the KV of a prompt from `first_token` on into its place, while it is computed, or that of a
+        lent prefix. The last value has `firsts` if there was a prefill. Once the generator is closed,
+        nothing of it writes to the destination any more.
 
         Raises KvLinkLost or KvCorrupt, after which another pull may succeed; KvSourceLost (source dead,
         restarted, or without this transfer), KvStale or Incompatible, after which none will.
+        """
+        ...
+
+    async def lend(self, source: KvSource, transfer_id: str, token_ids: Sequence[int], salt: str) -> int:
+        """Ask a source to keep the cached KV of leading tokens for a pull; of how many it does.
+
+        Raises KvSourceLost (it has none of it any more, or has restarted), Overloaded, KvLinkLost or
+        Incompatible.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The decode worker's side of a transfer, free of any transport.
+"""The reader's side of a transfer, free of any transport.
 
 What has been pulled counts only when the source has confirmed that it still held the lease: until
 `receive_kv` returns, nothing of it may be decoded from. A pull that breaks goes on from the token it
@@ -57,6 +57,19 @@ async def receive_kv(
         raise
 
 
+async def receive_lent(
+    transport: KvTransport,
+    source: KvSource,
+    transfer_id: str,
+    destination: Destination,
+    clock: Clock,
+    observer: ReceiveObserver,
+) -> None:
+    """Pull, place and confirm a lent prefix: all of it is proven when this returns. Raises the errors of
+    `receive_kv`; the source keeps the blocks then until it is told."""
+    await _Receive(transport, source, transfer_id, destination, clock, observer).run_lent()
+
+
 @dataclass(slots=True)
 class _Receive:
     _transport: KvTransport
@@ -76,17 +89,28 @@ class _Receive:
         started_s = self._clock.now()
         last = await self._pull_all()
         arrived_s = self._clock.now()
-        if last is None or not last.firsts or self._position != self._destination.tokens:
-            raise KvSourceLost(
-                f"the transfer ended after {self._position} of {self._destination.tokens} tokens"
-            )
+        if last is None or not last.firsts:
+            raise self._too_short()
+        await self._confirm()
+        confirmed_s = self._clock.now()
+        exposed_ms = last.exposed_ms + (confirmed_s - arrived_s) * 1e3
+        return Received(last.firsts, self._bytes, (confirmed_s - started_s) * 1e3, exposed_ms)
+
+    async def run_lent(self) -> None:
+        await self._pull_all()
+        await self._confirm()
+        self._observer.landed(self._position, self._position)
+
+    async def _confirm(self) -> None:
+        if self._position != self._destination.tokens:
+            raise self._too_short()
         if not await self._transport.release(self._source, self._transfer_id):
             raise LeaseExpired(
                 f"the lease of transfer {self._transfer_id} had ended before the KV was confirmed"
             )
-        confirmed_s = self._clock.now()
-        exposed_ms = last.exposed_ms + (confirmed_s - arrived_s) * 1e3
-        return Received(last.firsts, self._bytes, (confirmed_s - started_s) * 1e3, exposed_ms)
+
+    def _too_short(self) -> KvSourceLost:
+        return KvSourceLost(f"the transfer ended after {self._position} of {self._destination.tokens} tokens")
 
     async def _pull_all(self) -> Arrived | None:
         """The last value of the pull that reached the end."""

@@ -1,13 +1,15 @@
-"""The prefill worker's side of a transfer, free of any transport: streams a lease's KV as it grows."""
+"""The source's side of a transfer, free of any transport: streams a lease's KV as it grows, and opens the
+lease itself where a reader asks for a cached prefix."""
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from services.core.block_hash import Compatibility
 from services.core.clock import Clock
-from services.core.errors import Incompatible, KvSourceLost, KvStale
+from services.core.errors import BadRequest, DiptychError, Incompatible, KvSourceLost, KvStale
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import KvChunk, KvHeader, PullOrder
+from services.transfer.protocol import KvChunk, KvHeader, LendOrder, PullOrder
 
 # Measured on loopback gRPC: messages of about 1 MiB carry the most bytes per second.
 CHUNK_BYTES = 1 << 20
@@ -22,14 +24,18 @@ class KvServer:
         epoch: int,
         clock: Clock,
         pull_wait_s: float,
+        lend_cached: Callable[[Lease, Sequence[int], str], None],
         on_sent: Callable[[int], None] = lambda sent_bytes: None,
     ) -> None:
+        """`lend_cached(lease, token_ids, salt)` has the engine keep what it has cached of the tokens: the
+        lease is `lent` or fails before long. It may raise Overloaded or EngineFailed."""
         self._leases = leases
         self._memory = memory
         self._compatibility = compatibility
         self._epoch = epoch
         self._clock = clock
         self._pull_wait_s = pull_wait_s
+        self._lend_cached = lend_cached
         self._on_sent = on_sent
         self._blocks_per_chunk = max(CHUNK_BYTES // memory.block_bytes, 1)
 
@@ -44,7 +50,7 @@ class KvServer:
             lease.opened_by_puller()
             yield KvHeader(self._memory.block_size)
             position = order.first_token // self._memory.block_size * self._memory.block_size
-            while not lease.firsts or position < lease.tokens:
+            while not lease.complete or position < lease.tokens:
                 await self._more_than(position, lease)
                 for chunk in self._chunks(lease, position, self._readable(lease)):
                     if lease.error:  # the prefill was cancelled while the last chunk was on its way
@@ -52,25 +58,43 @@ class KvServer:
                     yield chunk
                     position += chunk.tokens
                     self._on_sent(len(chunk.payload))
-            exposed_ms = (self._clock.now() - lease.first_at_s) * 1e3
+            exposed_ms = (self._clock.now() - lease.complete_at_s) * 1e3
             yield KvChunk(position, 0, b"", tuple(lease.firsts), exposed_ms)
+
+    async def lend(self, order: LendOrder) -> int:
+        """Open a loan; of how many leading tokens. What a draining worker has cached may be read, too."""
+        self._check(order.epoch, order.compatibility)
+        if self._leases.knows(order.transfer_id):
+            raise BadRequest(f"transfer {order.transfer_id} is open already", "transfer_id")
+        lease = self._leases.open_loan(order.transfer_id)
+        try:
+            with self._leases.hold(lease):
+                self._lend_cached(lease, order.token_ids, order.salt)
+                await lease.until(lambda: lease.complete)
+        except DiptychError as error:
+            self._leases.fail(lease, error)
+            raise
+        except asyncio.CancelledError:
+            self._leases.fail(lease, KvSourceLost("the reader of a prefix has gone"))
+            raise
+        return lease.tokens
 
     def release(self, transfer_id: str, epoch: int) -> bool:
         return epoch == self._epoch and self._leases.release(transfer_id)
 
     def _check(self, epoch: int, theirs: Compatibility) -> None:
         if epoch != self._epoch:
-            raise KvSourceLost("the prefill worker has restarted since the request was routed")
+            raise KvSourceLost("the source has restarted since the request was routed")
         if differences := self._compatibility.differences(theirs):
-            raise Incompatible("prefill and decode worker differ in " + "; ".join(differences))
+            raise Incompatible("source and reader differ in " + "; ".join(differences))
 
     async def _more_than(self, position: int, lease: Lease) -> None:
         """Wait for KV beyond `position`, or for the prefill's end."""
-        await lease.until(lambda: bool(lease.firsts) or self._readable(lease) > position)
+        await lease.until(lambda: lease.complete or self._readable(lease) > position)
 
     def _readable(self, lease: Lease) -> int:
         """Tokens whose KV may travel: whole blocks, and the last partial one when all is computed."""
-        if lease.firsts:
+        if lease.complete:
             return lease.tokens
         return lease.computed // self._memory.block_size * self._memory.block_size
 

@@ -5,8 +5,10 @@ from services.decode.sequence import DecodeParts
 from services.decode.service import DecodeService
 from services.engine.handle import EngineHandle
 from services.engine.incarnation import Incarnation
+from services.engine.messages import Fetched, Landed
 from services.engine.submission import SequenceBounds
 from services.prefill.service import PrefillService
+from services.transfer.fetch import FetchObserver, PrefixFetched, PrefixFetcher
 from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
@@ -15,6 +17,7 @@ from services.wire.channel import Network, listen
 from services.wire.generated import transfer_pb2_grpc, worker_pb2_grpc
 from services.worker.config import WorkerConfig
 from services.worker.identity import WorkerIdentity
+from services.worker.lender import Lender
 from services.worker.metrics import WorkerMetrics
 
 
@@ -38,6 +41,7 @@ class WorkerServer:
         self._memory = PoolMemory(identity.geometry, engine.pool)
         self._bounds = SequenceBounds(identity.files.config.vocab_size, identity.context_tokens_max)
         self._transport = GrpcKvTransport(identity.compatibility, network)
+        self._fetcher = PrefixFetcher(self._transport, self._memory, clock, self._fetch_observer())
         self._server = network.new_server()
         self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended, self._memory.generation)
         metrics.watch("diptych_worker_leases", "Open KV leases", lambda: self.leases.open_leases)
@@ -49,6 +53,7 @@ class WorkerServer:
 
     async def start(self) -> None:
         """Raises ConfigError if the port is taken."""
+        self._add_kv()
         if self._config.role in ("prefill", "both"):
             self._add_prefill()
         if self._config.role in ("decode", "both"):
@@ -62,26 +67,30 @@ class WorkerServer:
         await self._transport.close()
 
     def _add_prefill(self) -> None:
-        config, epoch = self._config, self._identity.key.epoch
         service = PrefillService(
             self._engine,
             self.leases,
             self._incarnation,
             self._bounds,
             self._clock,
-            config.pull_wait_s,
+            self._config.pull_wait_s,
             self._metrics.on_failed,
+            self._fetcher,
         )
+        worker_pb2_grpc.add_PrefillServicer_to_server(service, self._server)
+
+    def _add_kv(self) -> None:
+        """Whatever its role: others may read what a worker has cached."""
         kv = KvServer(
             self.leases,
             self._memory,
             self._identity.compatibility,
-            epoch,
+            self._identity.key.epoch,
             self._clock,
-            config.pull_wait_s,
+            self._config.pull_wait_s,
+            Lender(self._engine, self.leases, self._clock).lend,
             self._metrics.on_sent,
         )
-        worker_pb2_grpc.add_PrefillServicer_to_server(service, self._server)
         transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(kv), self._server)
 
     def _add_decode(self) -> None:
@@ -93,11 +102,24 @@ class WorkerServer:
             self._metrics.on_received,
             self._metrics.on_failed,
             self._metrics.on_pull_broke,
+            self._fetcher,
         )
         service = DecodeService(parts, self._incarnation, self._bounds)
         worker_pb2_grpc.add_DecodeServicer_to_server(service, self._server)
 
     def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
         """The only way leased blocks come back to the engine."""
-        self._engine.drop(transfer_id)
+        self._fetcher.stop(transfer_id, then=lambda: self._engine.drop(transfer_id))
         self._metrics.on_lease_end(how)
+
+    def _fetch_observer(self) -> FetchObserver:
+        return FetchObserver(
+            landed=lambda seq_id, tokens, proven: self._engine.send(Landed(seq_id, tokens, proven)),
+            ended=self._fetch_ended,
+            broke=self._metrics.on_pull_broke,
+            ms_per_token=lambda: self._engine.gauges.prefill_ms_per_token,
+        )
+
+    def _fetch_ended(self, seq_id: str, fetched: PrefixFetched) -> None:
+        self._engine.send(Fetched(seq_id))
+        self._metrics.on_prefix_fetched(fetched)

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from services.core.errors import DiptychError, facts
 from services.engine.messages import Gauges, Report
+from services.transfer.fetch import PrefixFetched
 from services.transfer.lease import LeaseEnd
 from services.transfer.receive import Received
 
@@ -19,6 +20,7 @@ class WorkerMetrics:
         ProcessCollector(registry=registry)
         self._engine = _EngineSeries(registry)
         self._transfer = _TransferSeries(registry)
+        self._fetch = _FetchSeries(registry)
         self._failures = Counter(
             "diptych_worker_failures", "Sequences failed, by error", ["error"], registry=registry
         )
@@ -33,6 +35,13 @@ class WorkerMetrics:
 
     def on_pull_broke(self, error: DiptychError) -> None:
         self._transfer.broken.labels(facts(error).label).inc()
+
+    def on_prefix_fetched(self, fetched: PrefixFetched) -> None:
+        self._fetch.tokens.inc(fetched.tokens)
+        self._fetch.bytes.inc(fetched.bytes)
+        self._fetch.seconds.observe(fetched.ms / 1e3)
+        if fetched.error:
+            self._fetch.failures.labels(facts(fetched.error).label).inc()
 
     def on_sent(self, sent_bytes: int) -> None:
         self._transfer.bytes.labels("sent").inc(sent_bytes)
@@ -113,4 +122,23 @@ class _TransferSeries:
         )
         self.leases_ended = Counter(
             "diptych_worker_leases_ended", "KV leases ended, by how", ["how"], registry=registry
+        )
+
+
+class _FetchSeries:
+    """Prefixes fetched from other workers' caches."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.tokens = Counter(
+            "diptych_fetch_tokens", "Prompt tokens fetched instead of computed", registry=registry
+        )
+        self.bytes = Counter("diptych_fetch_bytes", "Their KV", registry=registry)
+        self.seconds = Histogram(
+            "diptych_fetch_seconds", "A fetch, well ended or not", buckets=_SECONDS, registry=registry
+        )
+        self.failures = Counter(
+            "diptych_fetch_failures",
+            "Fetches that brought less than was hoped for, by error",
+            ["error"],
+            registry=registry,
         )

@@ -12,8 +12,10 @@ from services.core.worker_report import WorkerKey
 from services.decode.sequence import DecodeParts
 from services.decode.service import DecodeService
 from services.engine.incarnation import Incarnation
+from services.engine.messages import Fetched, Landed, Report
 from services.engine.submission import SequenceBounds
 from services.prefill.service import PrefillService
+from services.transfer.fetch import FetchObserver, PrefixFetched, PrefixFetcher
 from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
@@ -21,61 +23,106 @@ from services.transfer.receive import Received
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server, open_channel
 from services.wire.generated import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from services.worker.lender import Lender
 from tests.support.in_process_engine import InProcessEngine, compatibility
 
 BOUNDS = SequenceBounds(vocab_size=50_000, context_tokens_max=200)
+
+
+class KvSide:
+    """What every worker has: an engine, leases on its blocks, and transfers both ways."""
+
+    def __init__(
+        self, epoch: int, blocks: int, lease_ttl_s: float, pull_wait_s: float, block_size: int
+    ) -> None:
+        clock = SystemClock()
+        self.engine = InProcessEngine(blocks, self._on_report, block_size=block_size)
+        self.computed_tokens = 0  # of prompts
+        self.memory = PoolMemory(self.engine.geometry, self.engine.pool)
+        self.lease_ends: list[LeaseEnd] = []
+        self.leases = LeaseTable(clock, lease_ttl_s, self._lease_ended, self.memory.generation)
+        self.transport = GrpcKvTransport(compatibility(block_size))
+        self.fetched: list[PrefixFetched] = []
+        self.broken_pulls: list[DiptychError] = []
+        self.ms_per_token = 0.0  # not measured
+        self.fetcher = PrefixFetcher(
+            self.transport,
+            self.memory,
+            clock,
+            FetchObserver(
+                landed=lambda seq_id, tokens, proven: self.engine.send(Landed(seq_id, tokens, proven)),
+                ended=self._fetch_ended,
+                broke=self.broken_pulls.append,
+                ms_per_token=lambda: self.ms_per_token,
+            ),
+        )
+        lender = Lender(self.engine, self.leases, clock)
+        self._server = KvServer(
+            self.leases, self.memory, compatibility(block_size), epoch, clock, pull_wait_s, lender.lend
+        )
+
+    def attach(self, server: grpc.aio.Server) -> None:
+        transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(self._server), server)
+
+    def _on_report(self, report: Report) -> None:
+        self.computed_tokens += report.step.prefill_tokens if report.step else 0
+
+    def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
+        self.fetcher.stop(transfer_id, then=lambda: self.engine.drop(transfer_id))
+        self.lease_ends.append(how)
+
+    def _fetch_ended(self, seq_id: str, fetched: PrefixFetched) -> None:
+        self.engine.send(Fetched(seq_id))
+        self.fetched.append(fetched)
 
 
 class PrefillWorker:
     def __init__(
         self, blocks: int = 64, lease_ttl_s: float = 5.0, pull_wait_s: float = 0.3, block_size: int = 4
     ) -> None:
-        clock = SystemClock()
-        self.engine = InProcessEngine(blocks, block_size=block_size)
+        self.kv = kv = KvSide(11, blocks, lease_ttl_s, pull_wait_s, block_size)
+        self.engine, self.leases, self.lease_ends = kv.engine, kv.leases, kv.lease_ends
         self.incarnation = Incarnation(WorkerKey("p", 11))
         self.failures: list[DiptychError] = []
-        memory = PoolMemory(self.engine.geometry, self.engine.pool)
-        self.lease_ends: list[LeaseEnd] = []
-        self.leases = LeaseTable(clock, lease_ttl_s, self._lease_ended, memory.generation)
         self._service = PrefillService(
-            self.engine, self.leases, self.incarnation, BOUNDS, clock, pull_wait_s, self.failures.append
+            kv.engine,
+            kv.leases,
+            self.incarnation,
+            BOUNDS,
+            SystemClock(),
+            pull_wait_s,
+            self.failures.append,
+            kv.fetcher,
         )
-        self._kv = KvServer(self.leases, memory, compatibility(block_size), 11, clock, pull_wait_s)
-
-    def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
-        self.engine.drop(transfer_id)
-        self.lease_ends.append(how)
 
     def attach(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillServicer_to_server(self._service, server)
-        transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(self._kv), server)
+        self.kv.attach(server)
 
 
 class DecodeWorker:
     def __init__(self, blocks: int = 64, block_size: int = 4) -> None:
-        self.engine = InProcessEngine(blocks, block_size=block_size)
+        self.kv = kv = KvSide(22, blocks, 5.0, 0.3, block_size)
+        self.engine, self.leases, self.broken_pulls = kv.engine, kv.leases, kv.broken_pulls
         self.incarnation = Incarnation(WorkerKey("d", 22))
+        self._transport = kv.transport
         self.received: list[Received] = []
         self.failures: list[DiptychError] = []
-        self.broken_pulls: list[DiptychError] = []
-        self._transport = GrpcKvTransport(compatibility(block_size))
-        memory = PoolMemory(self.engine.geometry, self.engine.pool)
         self.parts = DecodeParts(
-            self.engine,
-            self._transport,
-            memory,
+            kv.engine,
+            kv.transport,
+            kv.memory,
             SystemClock(),
             self.received.append,
             self.failures.append,
             self.broken_pulls.append,
+            kv.fetcher,
         )
         self._service = DecodeService(self.parts, self.incarnation, BOUNDS)
 
     def attach(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeServicer_to_server(self._service, server)
-
-    async def close(self) -> None:
-        await self._transport.close()
+        self.kv.attach(server)
 
 
 class Pair:
@@ -101,10 +148,13 @@ class Pair:
     async def idle(self) -> None:
         """Wait until both workers hold nothing, and prove that their books are right."""
         async with asyncio.timeout(5):
-            while self.prefill.leases.open_leases or not all(map(_holds_nothing, self._engines())):
+            while self._open_leases() or not all(map(_holds_nothing, self._engines())):
                 await asyncio.sleep(0.002)
         for engine in self._engines():
             engine.engine.check_integrity()
+
+    def _open_leases(self) -> int:
+        return self.prefill.leases.open_leases + self.decode.leases.open_leases
 
     def _engines(self) -> list[InProcessEngine]:
         return [self.prefill.engine, self.decode.engine]
@@ -127,7 +177,7 @@ async def running_pair(
         ports.append(listen(server, "127.0.0.1", 0))
         await server.start()
         servers.append(server)
-    pair.prefill_address = f"127.0.0.1:{ports[0]}"
+    pair.prefill_address, pair.decode_address = (f"127.0.0.1:{port}" for port in ports)
     pair._channels = [open_channel(f"127.0.0.1:{port}") for port in ports]
     try:
         yield pair
@@ -136,4 +186,5 @@ async def running_pair(
             await channel.close()
         for server in servers:
             await server.stop(grace=0)
-        await pair.decode.close()
+        for worker in (pair.prefill, pair.decode):
+            await worker.kv.transport.close()

@@ -37,6 +37,26 @@ class PullRequest(_message.Message):
     compatibility: Compatibility
     def __init__(self, transfer_id: _Optional[str] = ..., first_token: _Optional[int] = ..., epoch: _Optional[int] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ...) -> None: ...
 
+class LendRequest(_message.Message):
+    __slots__ = ("transfer_id", "token_ids", "salt", "epoch", "compatibility")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    salt: str
+    epoch: int
+    compatibility: Compatibility
+    def __init__(self, transfer_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., salt: _Optional[str] = ..., epoch: _Optional[int] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ...) -> None: ...
+
+class LendReply(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    def __init__(self, tokens: _Optional[int] = ...) -> None: ...
+
 class KvMessage(_message.Message):
     __slots__ = ("header", "chunk")
     HEADER_FIELD_NUMBER: _ClassVar[int]

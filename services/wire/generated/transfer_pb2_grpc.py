@@ -39,6 +39,11 @@ class KvTransferStub:
                 request_serializer=transfer__pb2.PullRequest.SerializeToString,
                 response_deserializer=transfer__pb2.KvMessage.FromString,
                 _registered_method=True)
+        self.Lend = channel.unary_unary(
+                '/diptych.v1.KvTransfer/Lend',
+                request_serializer=transfer__pb2.LendRequest.SerializeToString,
+                response_deserializer=transfer__pb2.LendReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/diptych.v1.KvTransfer/Release',
                 request_serializer=transfer__pb2.ReleaseRequest.SerializeToString,
@@ -51,6 +56,13 @@ class KvTransferServicer:
 
     def Pull(self, request, context):
         """Streams the KV of tokens [first_token, prompt's end) while the prefill computes them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lend(self, request, context):
+        """Opens a lease on the cached KV of leading tokens, which a Pull of the same transfer_id then reads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +82,11 @@ def add_KvTransferServicer_to_server(servicer, server):
                     servicer.Pull,
                     request_deserializer=transfer__pb2.PullRequest.FromString,
                     response_serializer=transfer__pb2.KvMessage.SerializeToString,
+            ),
+            'Lend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=transfer__pb2.LendRequest.FromString,
+                    response_serializer=transfer__pb2.LendReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -104,6 +121,33 @@ class KvTransfer:
             '/diptych.v1.KvTransfer/Pull',
             transfer__pb2.PullRequest.SerializeToString,
             transfer__pb2.KvMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.KvTransfer/Lend',
+            transfer__pb2.LendRequest.SerializeToString,
+            transfer__pb2.LendReply.FromString,
             options,
             channel_credentials,
             insecure,

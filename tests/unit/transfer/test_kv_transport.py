@@ -1,7 +1,7 @@
 """Every KvTransport brings exactly the source's bytes, while they are computed, or says why not."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
@@ -22,11 +22,11 @@ from services.core.errors import (
 from services.transfer import grpc_transport
 from services.transfer.destination import Destination
 from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
-from services.transfer.lease import LeaseTable
+from services.transfer.lease import Lease, LeaseTable
 from services.transfer.memory_transport import MemoryKvTransport
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import FirstToken, KvSource, KvTransport
-from services.transfer.receive import Received, ReceiveObserver, receive_kv
+from services.transfer.receive import Received, ReceiveObserver, receive_kv, receive_lent
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server
 from services.wire.generated import transfer_pb2_grpc
@@ -61,7 +61,7 @@ class Source:
         for block in range(BLOCKS):
             self.memory.write([block], bytes(range(32 * block % 224, 32 * block % 224 + 32)))
         self.server = KvServer(
-            self.leases, self.memory, compatibility(), EPOCH, SystemClock(), pull_wait_s=0.2
+            self.leases, self.memory, compatibility(), EPOCH, SystemClock(), 0.2, self._lend
         )
 
     def compute(self, upto: int = TOKENS) -> None:
@@ -70,6 +70,14 @@ class Source:
         lease.advanced(upto, TABLE)
         if upto == TOKENS:
             lease.finished(FirstToken(0, 42, None), 0.0)
+
+    def _lend(self, lease: Lease, token_ids: Sequence[int], salt: str) -> None:
+        """What an engine does that has cached all full blocks of a chain, if its salt is the right one."""
+        if salt != "known":
+            self.leases.fail(lease, KvSourceLost("the prefix is no longer cached here"))
+            return
+        blocks = len(token_ids) // SIZE
+        lease.lent(TABLE[:blocks], blocks * SIZE, 0.0)
 
     def reuse(self, block: int) -> None:
         """What the engine does when it hands a block out: the lease should make that impossible."""
@@ -283,6 +291,45 @@ async def test_a_cancelled_receive_frees_the_source_at_once(connect) -> None:  #
             while lease.holders or not source.ends:
                 await asyncio.sleep(0.001)
         assert source.ends == ["failed"], "the source kept the blocks of a reader that has gone"
+
+
+async def test_a_lent_prefix_arrives_and_is_proven_as_a_whole(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    async with connect(source, compatibility()) as link:
+        puller = Puller(*link)
+        lent = await puller.transport.lend(puller.source, "r/0/prefix", list(range(TOKENS)), "known")
+        assert lent == 20
+        destination = Destination(puller.memory, puller.table, lent, 8)
+        observer = ReceiveObserver(puller._on_landed)
+        await receive_lent(
+            puller.transport, puller.source, "r/0/prefix", destination, SystemClock(), observer
+        )
+    assert puller.memory.read(range(6)) == bytes(64) + source.memory.read(TABLE[2:5]) + bytes(32)
+    assert (puller.landed[-1], puller.proven[-1]) == (20, 20)
+    assert source.ends == ["released"]
+
+
+async def test_a_prefix_that_is_not_cached_is_not_lent(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    async with connect(source, compatibility()) as link:
+        puller = Puller(*link)
+        with pytest.raises(KvSourceLost, match="no longer cached"):
+            await puller.transport.lend(puller.source, "r/0/prefix", [1, 2, 3, 4], "unknown")
+    assert source.ends == ["failed"]
+
+
+async def test_a_loan_is_for_this_incarnation_and_compatible_readers(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    other = Compatibility(model="other", revision="1", block_size=SIZE, layout=compatibility().layout)
+    async with connect(source, compatibility()) as link:
+        restarted = replace(Puller(*link).source, epoch=EPOCH + 1)
+        with pytest.raises(KvSourceLost, match="restarted"):
+            await link[0].lend(restarted, "r/0/prefix", [1, 2, 3, 4], "known")
+    async with connect(source, other) as link:
+        puller = Puller(*link)
+        with pytest.raises(Incompatible, match="arithmetic != other"):
+            await puller.transport.lend(puller.source, "r/0/prefix", [1, 2, 3, 4], "known")
+    assert source.leases.open_leases == 0
 
 
 class FlippingLink:

@@ -6,7 +6,7 @@ import pytest
 
 from services.core.clock import ManualClock
 from services.core.errors import KvSourceLost, Overloaded, RequestCancelled, WorkerLost
-from services.transfer.lease import LeaseTable
+from services.transfer.lease import LOAN_S, LOANS_MAX, LeaseTable
 from services.transfer.protocol import FirstToken
 
 
@@ -115,3 +115,35 @@ async def test_waiters_see_every_change_that_makes_their_condition_true(subject:
         lease.advanced(computed, [])
     lease.finished(FirstToken(0, 1, None), 0.0)
     await asyncio.gather(*waiters)
+
+
+def test_a_loan_is_complete_when_it_is_lent_and_its_release_is_valid(subject: Subject) -> None:
+    lease = subject.table.open_loan("a")
+    assert not lease.complete
+    lease.lent([3, 4], 8, 0.0)
+    assert (lease.complete, lease.tokens, lease.firsts) == (True, 8, [])
+    assert subject.table.release("a")
+    assert subject.ends == [("a", "released")]
+
+
+def test_a_loan_ends_in_time_even_under_a_reader(subject: Subject) -> None:
+    lease = subject.table.open_loan("a")
+    with subject.table.hold(lease):
+        subject.clock.advance(LOAN_S - 0.1)
+        subject.table.expire_due()
+        assert subject.ends == []
+        subject.clock.advance(0.1)
+        subject.table.expire_due()
+        assert subject.ends == [("a", "expired")]
+        assert isinstance(lease.error, WorkerLost)
+    assert not subject.table.release("a")
+
+
+def test_loans_are_bounded_and_other_leases_are_not_counted(subject: Subject) -> None:
+    for n in range(LOANS_MAX):
+        subject.table.open(f"prefill{n}", 10)
+        subject.table.open_loan(f"loan{n}")
+    with pytest.raises(Overloaded):
+        subject.table.open_loan("one more")
+    subject.table.fail(subject.table.open("x", 1), KvSourceLost("gone"))
+    assert subject.table.open_leases == 2 * LOANS_MAX
