@@ -16,12 +16,14 @@ from services.core.errors import ConfigError, DiptychError, WorkerLost, facts, f
 ERROR_LABEL_KEY = "diptych-error"
 MESSAGE_BYTES_MAX = 64 << 20  # one block of a 400-layer float32 model is far below
 
-# Keepalive finds a peer that stopped answering within 2 s even when no call makes progress.
+# Keepalive finds a peer that stopped answering within 2 s even when no call makes progress. Its pings
+# have a timeout of their own, 60 s by default, without which the other one means nothing.
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", 1_000),
     ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.http2.ping_timeout_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
@@ -32,6 +34,9 @@ _OPTIONS = [
 _CHANNEL_OPTIONS = [
     *_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
+    # It also bounds one attempt to connect, which calls wait for: a stopped process accepts connections
+    # and says nothing. The default is 20 s.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),  # channels to one address do not share a connection's fate
 ]
