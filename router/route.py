@@ -37,7 +37,7 @@ def route(
     if request.max_tokens == 1 and prefill_offers:
         return Route((_cheapest(prefill_offers, options, rng),), tuple(prefill_offers))
     decode_offers = [costs.decode(worker) for worker in decodes]
-    pairs = _pairs(prefill_offers, decode_offers, options, rng)
+    pairs = _pairs(prefill_offers, decode_offers, request, options, rng)
     alone_offers = [costs.alone(worker) for worker in decodes]
     if pairs:
         alone_offers = [offer for offer in alone_offers if _may_be_alone(offer, costs)]
@@ -65,7 +65,11 @@ def _roomy(workers: list[WorkerView], request: RouteRequest) -> list[WorkerView]
 
 
 def _pairs(
-    prefills: Sequence[Offer], decodes: Sequence[Offer], options: RouteOptions, rng: random.Random
+    prefills: Sequence[Offer],
+    decodes: Sequence[Offer],
+    request: RouteRequest,
+    options: RouteOptions,
+    rng: random.Random,
 ) -> list[Choice]:
     """The best pair of each group of compatible workers that has one."""
     groups = sorted({offer.worker.compatibility for offer in prefills})
@@ -74,6 +78,7 @@ def _pairs(
         pairs += _best_pair(
             [offer for offer in prefills if offer.worker.compatibility == group],
             [offer for offer in decodes if offer.worker.compatibility == group],
+            request,
             options,
             rng,
         )
@@ -81,13 +86,21 @@ def _pairs(
 
 
 def _best_pair(
-    prefills: Sequence[Offer], decodes: Sequence[Offer], options: RouteOptions, rng: random.Random
+    prefills: Sequence[Offer],
+    decodes: Sequence[Offer],
+    request: RouteRequest,
+    options: RouteOptions,
+    rng: random.Random,
 ) -> list[Choice]:
     """The cheapest pair of two different workers, or none.
 
     One of its halves is the cheapest of its kind, so choosing either half first and comparing the
-    two results finds it.
+    two results finds it. Where some pairs are to be avoided that need not be so: all are compared.
     """
+    if request.apart:
+        every = [(p, d) for p in prefills for d in decodes if p.worker.id != d.worker.id]
+        every = [(p, d) for p, d in every if (p.worker.id, d.worker.id) not in request.apart]
+        return [_draw(every, options, rng)] if every else []
     pairs: list[Choice] = []
     if prefills:
         prefill = _cheapest(prefills, options, rng)

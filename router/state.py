@@ -35,6 +35,7 @@ class RouteRequest:
     max_tokens: int  # still to be generated
     choices: int = 1  # answers to the one prompt, which share its blocks
     excluded: frozenset[str] = frozenset()  # workers that already failed this request
+    apart: frozenset[tuple[str, str]] = frozenset()  # prefill and decode workers that failed it together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

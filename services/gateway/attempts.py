@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 
 from services.core.clock import Clock
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost, facts
-from services.core.worker_report import WorkerKey
 from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
-from services.gateway.generation import AttemptFailed, Event, Generation, Routed
+from services.gateway.generation import AttemptFailed, Event, Excluded, Generation, Routed
 from services.gateway.merge import merged
 from services.gateway.pipeline import Pipeline
 from services.gateway.waiting_line import WaitingLine
@@ -30,8 +29,9 @@ from services.gateway.worker_client import OutputToken, Sequence
 
 logger = logging.getLogger(__name__)
 
-# A failed worker is avoided for this long by the request it failed; then it has recovered, or has lost
-# its lease if it is dead. A cluster that has no other worker must be able to use it again.
+# A failed worker, or a pair that did not find each other, is avoided for this long by the request it
+# failed; then it has recovered, or has lost its lease if it is dead. A cluster that has no other worker
+# must be able to use it again.
 EXCLUSION_S = 3.0
 PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 0.2  # between two looks for capacity
 
@@ -54,12 +54,12 @@ class Patience:
         self._failures = 0
         self._waiting_since: float | None = None
         self._workerless_since: float | None = None
-        self._excluded_until: dict[WorkerKey, float] = {}
+        self._excluded_until: dict[Excluded, float] = {}
 
     @property
-    def excluded(self) -> set[WorkerKey]:
+    def excluded(self) -> set[Excluded]:
         now = self._clock.now()
-        return {worker for worker, end in self._excluded_until.items() if end > now}
+        return {avoided for avoided, end in self._excluded_until.items() if end > now}
 
     async def turn(self) -> None:
         """Wait while an older request must go first. Raises Overloaded if that takes too long."""
@@ -97,8 +97,8 @@ class Patience:
         self._failures += 1
         if self._failures >= self._policy.attempts_max:
             raise failed.error
-        if failed.culprit is not None:
-            self._excluded_until[failed.culprit.key] = self._clock.now() + EXCLUSION_S
+        if failed.to_avoid is not None:
+            self._excluded_until[failed.to_avoid] = self._clock.now() + EXCLUSION_S
 
     async def pause(self, failed: AttemptFailed) -> None:
         """Wait before looking for capacity again; after other failures there is nothing to wait for."""

@@ -19,7 +19,7 @@ from services.core.errors import (
     PullerLost,
 )
 from services.core.worker_report import WorkerReport
-from services.gateway.generation import AttemptFailed, Routed, WorkerEvent
+from services.gateway.generation import AttemptFailed, Routed, WorkerEvent, WorkerPair
 from services.gateway.worker_client import Sequence, WorkerClient
 
 # Errors that a decode worker reports about the prefill worker it pulls from.
@@ -84,9 +84,10 @@ async def _reporting(inbox: Inbox, worker: WorkerReport | None, call: Coroutine[
 
 
 def _blame(failed: AttemptFailed, placement: Routed) -> AttemptFailed:
-    """The worker to avoid next time: whoever reports that the other side is lost is not at fault."""
+    """Whom to avoid next time: whoever reports that the other side is lost is not at fault. A decode
+    worker that never came to pull may just not reach this prefill worker: another pair may work."""
     if isinstance(failed.error, _SOURCE_ERRORS) and placement.prefill is not None:
         return AttemptFailed(failed.error, placement.prefill)
-    if isinstance(failed.error, PullerLost) and placement.decode is not None:
-        return AttemptFailed(failed.error, placement.decode)
+    if isinstance(failed.error, PullerLost) and placement.prefill and placement.decode:
+        return AttemptFailed(failed.error, pair=WorkerPair(placement.prefill.key, placement.decode.key))
     return failed

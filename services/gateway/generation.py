@@ -5,11 +5,12 @@ TextDelta  <──  answer  <──  Routed, PrefillResult, Started, OutputToken
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.state import Route
 from services.core.errors import DiptychError
 from services.core.sampling import SamplingParams
-from services.core.worker_report import WorkerReport
+from services.core.worker_report import WorkerKey, WorkerReport
 from services.gateway.worker_client import (
     OutputToken,
     PrefillResult,
@@ -62,13 +63,26 @@ class Routed:
         return "decode_alone" if self.prefill is None else "split"
 
 
+class WorkerPair(NamedTuple):
+    prefill: WorkerKey
+    decode: WorkerKey
+
+
+Excluded = WorkerKey | WorkerPair  # what a next attempt avoids
+
+
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
     """The last event of an attempt that did not finish its choices."""
 
     error: DiptychError
     culprit: WorkerReport | None = None
+    pair: WorkerPair | None = None  # they did not find each other: neither may be at fault
     others_go_on: bool = False  # other choices of the request have attempts of their own
+
+    @property
+    def to_avoid(self) -> Excluded | None:
+        return self.pair or (self.culprit.key if self.culprit else None)
 
 
 WorkerEvent = PrefillResult | Reserved | Started | OutputToken

@@ -15,11 +15,10 @@ from router.route import route
 from router.state import Route, RouteOptions, RouteRequest
 from services.core.clock import Clock
 from services.core.errors import NoWorker
-from services.core.worker_report import WorkerKey
 from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.dispatch import dispatch
-from services.gateway.generation import AttemptFailed, Event, Routed, WorkerEvent
+from services.gateway.generation import AttemptFailed, Event, Excluded, Routed, WorkerEvent, WorkerPair
 from services.gateway.worker_client import OutputToken, PrefillResult, PrefixSource, Sequence, WorkerClient
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Pipeline:
         self._clock, self._rng = clock, rng
 
     async def attempt(
-        self, sequence: Sequence, choices: Choices, excluded: Collection[WorkerKey], deadline: float
+        self, sequence: Sequence, choices: Choices, excluded: Collection[Excluded], deadline: float
     ) -> AsyncGenerator[Event, None]:
         """Routed, then the tokens of each choice in order up to its last; or AttemptFailed as the end."""
         cached_tokens = await self._view.locate(sequence.prompt_ids + sequence.output_ids, sequence.salt)
@@ -57,13 +56,18 @@ class Pipeline:
                         self._end_choice(sequence, placement, event)
 
     def _place(
-        self, sequence: Sequence, cached_tokens: dict[str, int], excluded: Collection[WorkerKey]
+        self, sequence: Sequence, cached_tokens: dict[str, int], excluded: Collection[Excluded]
     ) -> Routed | None:
         request = RouteRequest(
             prompt_tokens=sequence.known_tokens,
             max_tokens=sequence.tokens_left,
             choices=len(sequence.choices),
             excluded=frozenset(r.worker_id for r in self._view.reports if r.key in excluded),
+            apart=frozenset(
+                (pair.prefill.worker_id, pair.decode.worker_id)
+                for pair in excluded
+                if isinstance(pair, WorkerPair)
+            ),
         )
         chosen = route(request, cached_tokens, self._view.worker_views(), self._options, self._rng)
         if chosen is None:

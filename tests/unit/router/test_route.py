@@ -59,6 +59,7 @@ requests = st.builds(
     prompt_tokens=st.integers(1, 3_000),
     max_tokens=st.integers(1, 3),
     excluded=st.frozensets(st.sampled_from(["w0", "w1", "w2"]), max_size=2),
+    apart=st.frozensets(st.tuples(*[st.sampled_from(["w0", "w1", "w2", "w3"])] * 2), max_size=3),
 )
 cached_tokens = st.dictionaries(st.sampled_from([f"w{number}" for number in range(6)]), st.integers(0, 3_000))
 options = st.builds(
@@ -88,7 +89,7 @@ def legal_choices(request, cached, workers, options):
         [costs.prefill(p), costs.decode(d)]
         for p in prefills
         for d in decodes
-        if p.id != d.id and p.compatibility == d.compatibility
+        if p.id != d.id and p.compatibility == d.compatibility and (p.id, d.id) not in request.apart
     ]
     limit = options.local_prefill_tokens_max if options.split == "auto" else -1
     alone = [costs.alone(d) for d in decodes]
@@ -108,6 +109,7 @@ class TestProperties:
         assert all(view.ready and view.id not in request.excluded for view in views)
         assert len({view.compatibility for view in views}) == 1
         assert chosen.prefill != chosen.decode
+        assert (chosen.prefill, chosen.decode) not in request.apart
         assert all(view.prefills for view in views if view.id == chosen.prefill)
         assert all(view.decodes for view in views if view.id == chosen.decode)
 
