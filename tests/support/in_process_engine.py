@@ -11,10 +11,11 @@ from services.core.block_hash import Compatibility
 from services.core.clock import SystemClock
 from services.engine.engine import Engine
 from services.engine.handle import EngineHandle
-from services.engine.messages import Command, Limits, Report
+from services.engine.messages import Command, Landed, Limits, Report
 from services.engine.runner import ArithmeticRunner
 from services.model.pool_geometry import PoolGeometry
 
+VOCAB = 49_152  # the default model's: its tokenizer makes text of every token
 LIMITS = Limits(sequences_max=16, waiting_max=64, chunk_tokens_max=8, step_ms_target=100.0)
 
 
@@ -46,16 +47,20 @@ class InProcessEngine(EngineHandle):
         self.geometry = geometry(blocks, block_size)
         self.pool = memoryview(bytearray(self.geometry.shared_bytes))
         self.engine = build_engine(self.pool, blocks, limits, block_size)
+        self.landed_tokens = 0  # of the receive that told last
         self.paused = False
+        self.steps_left: int | None = None  # pauses after so many steps; None: never
         self._commands: list[Command] = []
         self._scheduled = False
 
     def send(self, command: Command) -> None:
+        if isinstance(command, Landed):
+            self.landed_tokens = command.tokens
         self._commands.append(command)
         self._schedule()
 
     def resume(self) -> None:
-        self.paused = False
+        self.paused, self.steps_left = False, None
         self._schedule()
 
     def _schedule(self) -> None:
@@ -73,6 +78,9 @@ class InProcessEngine(EngineHandle):
         self._report()
         progressed = self.engine.step()
         self._report()
+        if progressed and self.steps_left is not None:
+            self.steps_left -= 1
+            self.paused = self.steps_left == 0
         if progressed or self._commands:
             self._schedule()
 
