@@ -20,7 +20,7 @@ class GatewayConfig:
         metadata={"help": "prefill and decode on two workers: by cost, whenever possible, or never"},
     )
     prefix_fetch: bool = field(
-        default=False,
+        default=True,
         metadata={"help": "workers fetch cached prefixes from each other when that beats computing them"},
     )
     inflight_max: int = field(
