@@ -240,19 +240,24 @@ class Engine:
             self._remove(sequence)
 
     def _go_on(self, sequence: Sequence, tokens: dict[int, int]) -> None:
-        """Continue each choice with its token. The first keeps the sequence, the others fork from it.
-
-        The last block of the prompt may be partial, and each choice writes the KV of its token there in
-        its next step: copying it here is copy on write, at the latest moment.
-        """
+        """Continue each choice with its token. The first keeps the sequence, the others fork from it."""
         first, *others = tokens
-        forks = [sequence.fork(choice) for choice in others]
-        if copies := self._scheduler.fork(sequence, forks):
-            self._runner.copy_blocks(copies)
-        self._sequences[sequence.seq_id] += forks
+        forks = self._fork(sequence, others) if others else []
         sequence.choices = [first]
         for one in (sequence, *forks):
             one.append(tokens[one.choices[0]])
+
+    def _fork(self, sequence: Sequence, choices: list[int]) -> list[Sequence]:
+        """A sequence for each of `choices`, with the full blocks in common and a copy of the partial one.
+
+        Each choice writes the KV of its token into that block in its next step: copying it here is copy
+        on write, at the latest moment.
+        """
+        forks = [sequence.fork(choice) for choice in choices]
+        if copies := self._scheduler.fork(sequence, forks):
+            self._runner.copy_blocks(copies)
+        self._sequences[sequence.seq_id] += forks
+        return forks
 
     def _remove(self, sequence: Sequence) -> None:
         """A choice has ended; the last one ends its group."""

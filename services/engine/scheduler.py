@@ -53,7 +53,7 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence) -> bool:
         """Take all blocks of a `receive` sequence at once. False: no room beside those who are here."""
-        queued = sum(self._pool.blocks_for(one.known) + _blocks_to_fork(one) for one in self.waiting)
+        queued = sum(self._pool.blocks_for(one.known) + self._blocks_to_fork(one) for one in self.waiting)
         if not self._admit(sequence, sequence.known, keep_free=queued):
             return False
         missing = self._pool.blocks_for(sequence.known) - len(sequence.blocks)
@@ -133,7 +133,7 @@ class Scheduler:
         matched = self._pool.match(sequence.hashes(size)[: reusable_tokens // size])
         needed = self._pool.blocks_for(sequence.known) - len(matched)
         # Choices that could never be here all at once run one after another.
-        forks = min(_blocks_to_fork(sequence), max(self._pool.blocks - len(matched) - needed, 0))
+        forks = min(self._blocks_to_fork(sequence), max(self._pool.blocks - len(matched) - needed, 0))
         wanted = needed + forks + self._expected_growth() + keep_free
         if not self._pool.can_allocate(wanted, keep=matched):
             return False
@@ -141,6 +141,12 @@ class Scheduler:
         sequence.adopt(matched, size)
         self.admitted.append(sequence)
         return True
+
+    def _blocks_to_fork(self, sequence: Sequence) -> int:
+        """Blocks that a sequence's further choices will want, once their prompt is here."""
+        if sequence.kind == "prefill":
+            return 0
+        return min(len(sequence.choices), self._limits.sequences_max) - 1
 
     def _extend(self, sequence: Sequence, tokens: int, spare: int) -> int:
         """Allocate blocks for up to `tokens` more tokens; how many have room."""
@@ -175,7 +181,7 @@ class Scheduler:
         for each choice."""
         pool = self._pool
         return sum(
-            pool.blocks_for(s.known) - len(s.blocks) + _blocks_to_fork(s) + (s.kind != "prefill")
+            pool.blocks_for(s.known) - len(s.blocks) + self._blocks_to_fork(s) + (s.kind != "prefill")
             for s in self.admitted
             if s.state is not State.HELD
         )
@@ -226,8 +232,3 @@ class Scheduler:
         sequence.kind = "local"
         self.waiting.appendleft(sequence)
         self.preemptions += 1
-
-
-def _blocks_to_fork(sequence: Sequence) -> int:
-    """Blocks that a sequence's further choices will want, once their prompt is here."""
-    return 0 if sequence.kind == "prefill" else len(sequence.choices) - 1

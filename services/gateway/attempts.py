@@ -138,7 +138,7 @@ def lacks_capacity(error: DiptychError) -> bool:
 
 
 class Attempts:
-    """All attempts at one request. Their events go to `choices`, too."""
+    """All attempts at one request. `choices` keeps what they deliver."""
 
     def __init__(
         self, generation: Generation, choices: Choices, pipeline: Pipeline, view: ClusterView
@@ -147,13 +147,11 @@ class Attempts:
         self._pipeline, self._view = pipeline, view
         self._numbers = itertools.count(1)
 
-    async def events(self, patience: Patience) -> AsyncGenerator[Event, None]:
+    def events(self, patience: Patience) -> AsyncGenerator[Event, None]:
         """The events of as many attempts as it takes; each failed one that is followed by another ends
         with AttemptFailed. Raises the error of the last one.
         """
-        async with aclosing(self._events(range(len(self._choices)), patience)) as events:
-            async for event in events:
-                yield event
+        return self._events(range(len(self._choices)), patience)
 
     async def _events(self, served: Many[int], patience: Patience) -> AsyncGenerator[Event, None]:
         try:

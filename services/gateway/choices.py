@@ -9,6 +9,7 @@ class Choices:
     def __init__(self, count: int) -> None:
         self.delivered: list[list[int]] = [[] for _ in range(count)]
         self._closed: set[int] = set()
+        self._unwanted: set[int] = set()  # closed here, which the worker does not know
 
     def __len__(self) -> int:
         return len(self.delivered)
@@ -22,13 +23,22 @@ class Choices:
         return len(self.delivered[choice])
 
     def deliver(self, token: OutputToken) -> None:
+        """Take note of a choice's next token, which may be its last."""
         self.delivered[token.choice].append(token.token)
         if token.finish is not None:
-            self.close(token.choice)
+            self._closed.add(token.choice)
 
     def close(self, choice: int) -> None:
-        """Nobody wants more of it: it has ended, or the client has what it asked for."""
-        self._closed.add(choice)
+        """Nobody wants more of it."""
+        if choice not in self._closed:
+            self._closed.add(choice)
+            self._unwanted.add(choice)
+
+    def take_unwanted(self, served: Many[int]) -> set[int]:
+        """Those of `served` that somebody closed since the last call, although their worker goes on."""
+        taken = self._unwanted.intersection(served)
+        self._unwanted -= taken
+        return taken
 
     def goes_on(self, choice: int) -> bool:
         return choice not in self._closed

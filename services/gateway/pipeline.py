@@ -52,8 +52,8 @@ class Pipeline:
             async with aclosing(in_index_order(arriving, sequence.choices, choices)) as events:
                 async for event in events:
                     yield event
-                    if isinstance(event, OutputToken) and not choices.goes_on(event.choice):
-                        self._end_choice(sequence, placement, event)
+                    for choice in choices.take_unwanted(sequence.choices):
+                        self._end_choice(placement, sequence, choice)
 
     def _place(
         self, sequence: Sequence, cached_tokens: dict[str, int], excluded: Collection[Excluded]
@@ -92,10 +92,10 @@ class Pipeline:
             return None
         return PrefixSource(self._view.report(offer.fetch.source), offer.ready_tokens)
 
-    def _end_choice(self, sequence: Sequence, placement: Routed, last: OutputToken) -> None:
-        """The client has all it wants of this choice, for a stop string; the worker does not know yet."""
-        if last.finish is None and placement.decode is not None:
-            self._workers.end_choice(placement.decode, sequence, last.choice)
+    def _end_choice(self, placement: Routed, sequence: Sequence, choice: int) -> None:
+        """The client has all it wants of this choice, for a stop string; the others go on."""
+        if placement.decode is not None:
+            self._workers.end_choice(placement.decode, sequence, choice)
 
 
 async def in_index_order(

@@ -287,6 +287,28 @@ async def test_a_stop_string_found_while_choices_go_on_apart_ends_only_its_choic
     assert answer["usage"]["completion_tokens"] == sum(map(len, ids))
 
 
+async def test_a_stop_string_among_choices_that_were_resumed_together_ends_only_its_choice(
+    start_cluster,
+) -> None:
+    """The first failure leaves choices 1 and 2 with equal tokens, choice 0 with others."""
+    cluster = await start_cluster(reports=MANY)
+    first, second, *rest = cluster.answer_ids
+    cluster.answer_ids[:] = [first, second, second, second, *rest]
+    stop = text_of(cluster, 2)[:12]
+    hanging = [Fault(None, after_tokens=6) for _ in range(2)]
+    cluster.workers.script(ANY_WORKER, "decode", Fault(LOST, after_tokens=1), *hanging)
+    asking = asyncio.create_task(ask(cluster, stop=stop, max_tokens=20))
+    async with asyncio.timeout(5):
+        while not cluster.workers.ended_choices:
+            await asyncio.sleep(0.002)
+    for fault in hanging:
+        fault.end.set()
+    await asking
+    assert {call.sequence.choices for call in decodes(cluster)[1:]} == {(0,), (1, 2)}
+    ((call, choice),) = cluster.workers.ended_choices
+    assert (call.sequence.choices, choice) == ((1, 2), 2)
+
+
 async def test_a_configured_maximum_bounds_n(start_cluster) -> None:
     cluster = await start_cluster(choices_max=2)
     assert_whole(cluster, await ask(cluster, n=2), n=2)
