@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := services router kernels loadtest tests
 
-.PHONY: setup run-setup demo up test test-full lint format proto chaos bench-kv clean
+.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -34,6 +34,10 @@ test: setup
 # All 60 exactness prompts and the other full-size proofs (about 20 minutes on two cores).
 test-full: setup
 	@$(PY) -m pytest
+
+# Whole clusters on virtual time, with faults: SEEDS=N runs N of them, SEED=N repeats one with its log.
+sim: setup
+	@$(PY) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000) --processes $$(nproc))
 
 lint: setup
 	@$(VENV)/bin/ruff check $(SOURCES)

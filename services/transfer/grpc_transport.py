@@ -97,6 +97,8 @@ class GrpcKvTransport:
     async def close(self) -> None:
         for task in self._abandoning:
             task.cancel()
+        if self._abandoning:
+            await asyncio.wait(self._abandoning)
         for peer in self._peers.values():
             await peer.channel.close()
 

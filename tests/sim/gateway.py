@@ -1,0 +1,163 @@
+"""A simulated gateway: the production one, served to clients of the same event loop without sockets."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
+
+from services.core.errors import DiptychError, facts
+from services.gateway.config import GatewayConfig
+from services.gateway.detokenizer import TokenBytes
+from services.gateway.exchange import Exchange
+from services.gateway.gateway import Gateway
+from services.gateway.grpc_worker_client import GrpcWorkerClient
+from services.gateway.schema import CompletionRequest
+from services.gateway.served_model import ServedModel
+from services.model.tokenizer import Tokenizer
+from tests.sim.engine import VOCAB
+from tests.sim.loop import Process
+from tests.sim.store import StoreClient
+from tests.sim.worker import MODEL, World
+
+END_TOKEN = 1
+
+
+def word(token: int) -> str:
+    """The text of a token."""
+    return f" w{token}"
+
+
+def toy_model(context_tokens_max: int) -> ServedModel:
+    """A byte-level tokenizer whose every token is a word of its own."""
+    backend = tokenizers.Tokenizer(WordLevel({f"Ġw{n}": n for n in range(VOCAB)}, unk_token="Ġw0"))
+    backend.decoder = ByteLevel()
+    tokenizer = Tokenizer(backend, frozenset({END_TOKEN}), chat_template=None)  # type: ignore[arg-type]
+    return ServedModel(MODEL, context_tokens_max, tokenizer, TokenBytes(backend))
+
+
+class HttpCall:
+    """One request as its client sees it: what has come so far, and how it ended."""
+
+    def __init__(self, body: dict[str, Any], read_s: float) -> None:
+        self.body = body
+        self.status = 0
+        self.received = bytearray()
+        self.error = ""  # label of the error that came instead of a 200
+        self.whole = False  # the last byte has come
+        self.over = asyncio.Event()
+        self.gone = asyncio.Event()  # the client has left
+        self._read_s = read_s  # between two reads of a slow client
+
+    async def receive(self) -> dict[str, Any]:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if self.gone.is_set():
+            return
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            return
+        if self._read_s:
+            await asyncio.sleep(self._read_s)
+        self.received += message.get("body", b"")
+        self.whole = not message.get("more_body", False)
+
+
+class _CountingClient(GrpcWorkerClient):
+    """Counts the answers that went on elsewhere after some tokens."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        super().__init__(world.network.of(process))
+        self._world = world
+
+    def decode(self, worker: Any, sequence: Any, source: Any) -> Any:
+        if any(sequence.output_ids):
+            self._world.events["resumptions"] += 1
+        return super().decode(worker, sequence, source)
+
+
+class SimGateway:
+    def __init__(self, world: World, name: str, config: GatewayConfig, context_tokens_max: int) -> None:
+        self._world, self.name, self._config = world, name, config
+        self._model = toy_model(context_tokens_max)
+        self.start()
+
+    def start(self) -> None:
+        world = self._world
+        self.process = Process(world.loop, self.name)
+        self._calls: list[HttpCall] = []
+        self.workers = _CountingClient(world, self.process)
+        membership = StoreClient(world.store, self.process, world.store.membership)
+        index = StoreClient(world.store, self.process, world.store.index)
+        self.gateway = Gateway(
+            self._config,
+            self._model,
+            membership,
+            index,
+            self.workers,
+            world.clock,  # type: ignore[arg-type]
+        )
+        self.process.start(self._follow())
+
+    @property
+    def alive(self) -> bool:
+        return not self.process.dead
+
+    def open(self, request_id: str, call: HttpCall) -> None:
+        """A client's request has come."""
+        self._calls.append(call)
+        self.process.start(self._respond(request_id, call))
+
+    def kill(self) -> None:
+        self._world.trace.note(self.name, "is killed")
+        self.process.kill()
+        self._world.network.died(self.process)
+        for call in self._calls:
+            call.over.set()
+
+    async def close(self) -> None:
+        """What the process does at its end."""
+        self._following.cancel()
+        await self.workers.close()
+
+    def complaints(self) -> list[str]:
+        if not self.alive:
+            return []
+        gateway, found = self.gateway, []
+        if gateway.admission._inflight:
+            found.append(f"{gateway.admission._inflight} requests in flight when quiet")
+        if len(gateway._line):
+            found.append(f"{len(gateway._line)} requests in the waiting line when quiet")
+        if gateway.view.in_flight._sent:
+            found.append(f"work counted as in flight when quiet: {gateway.view.in_flight._sent}")
+        for session in self.workers._sessions.values():
+            if session._inboxes:
+                found.append(f"inboxes left in a decode session: {list(session._inboxes)}")
+        return [f"{self.name}: {complaint}" for complaint in found]
+
+    async def _follow(self) -> None:
+        self._following = asyncio.current_task()
+        await self.gateway.view.follow(self._config.membership_poll_s)
+
+    async def _respond(self, request_id: str, call: HttpCall) -> None:
+        state = SimpleNamespace(
+            request_id=request_id, client_request_id=request_id, received_at=self._world.clock.now()
+        )
+        body = CompletionRequest.model_validate(call.body)
+        exchange = Exchange(self.gateway, "completions", body, SimpleNamespace(state=state))  # type: ignore[arg-type]
+        try:
+            await exchange({"type": "http"}, call.receive, call.send)
+        except DiptychError as error:
+            call.status, call.error, call.whole = facts(error).http_status, facts(error).label, True
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            if self.alive:
+                self._world.on_bug(f"{self.name}: request {request_id} broke: {error!r}")
+        finally:
+            self._calls.remove(call)
+            call.over.set()
