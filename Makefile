@@ -11,7 +11,7 @@ setup: $(VENV)/.setup
 $(VENV)/.setup: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@echo "installing the tested set of packages (first time: a few minutes)"
-	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker,dev]"
+	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker,nixl,dev]"
 	@touch $@ $(VENV)/.run-setup
 
 # What running needs and no more.

@@ -13,6 +13,7 @@
     ├── KvCorrupt           a KV payload failed its checksum
     ├── KvStale             a KV block was reused while a transfer still read it
     ├── LeaseExpired        the KV was read after its lease had ended
+    ├── TransportUnavailable  a KV transport is not installed or does not work on this machine
     ├── Incompatible        two workers disagree on model, layout or wire version
     ├── DeadlineExceeded    the request's time is over
     ├── RequestCancelled    the client is gone, or the gateway gave up
@@ -90,6 +91,10 @@ class LeaseExpired(DiptychError):
     pass
 
 
+class TransportUnavailable(DiptychError):
+    pass
+
+
 class Incompatible(DiptychError):
     pass
 
@@ -137,6 +142,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     KvCorrupt: Facts(503, "DATA_LOSS", True, "kv_corrupt"),
     KvStale: Facts(503, "ABORTED", True, "kv_stale"),
     LeaseExpired: Facts(503, "ABORTED", True, "lease_expired"),
+    TransportUnavailable: Facts(503, "UNAVAILABLE", False, "transport_unavailable"),
     Incompatible: Facts(500, "FAILED_PRECONDITION", False, "incompatible"),
     DeadlineExceeded: Facts(504, "DEADLINE_EXCEEDED", False, "deadline_exceeded"),
     RequestCancelled: Facts(499, "CANCELLED", False, "cancelled"),
