@@ -12,6 +12,7 @@ from services.core.block_hash import Compatibility
 from services.core.errors import DiptychError, KvCorrupt, KvLinkLost, KvSourceLost, WorkerLost
 from services.transfer.destination import Destination
 from services.transfer.inline import place_inline
+from services.transfer.nixl_reach import Reach
 from services.transfer.protocol import Arrived, FirstToken, KvChunk, KvHeader, KvSource, LendOrder, PullOrder
 from services.transfer.server import KvServer
 from services.wire.channel import TCP, Network, abort, carries_error, from_rpc_error
@@ -45,20 +46,28 @@ class GrpcKvTransport:
     async def pull(
         self, source: KvSource, transfer_id: str, destination: Destination, first_token: int
     ) -> AsyncGenerator[Arrived, None]:
+        messages = self.messages(source, transfer_id, first_token)
+        async with aclosing(place_inline(messages, destination, first_token)) as arriving:
+            async for arrived in arriving:
+                yield arrived
+
+    async def messages(
+        self,
+        source: KvSource,
+        transfer_id: str,
+        first_token: int,
+        transports: Sequence[str] = ("grpc",),
+        reach: Reach | None = None,
+    ) -> AsyncGenerator[KvHeader | KvChunk, None]:
+        """What the source sends to a reader that has these transports. Payloads' checksums held."""
         request = transfer_pb2.PullRequest(
             transfer_id=transfer_id,
             first_token=first_token,
             epoch=source.epoch,
             compatibility=self._compatibility,
+            transports=transports,
+            reach=transfer_pb2.Reach(machine=reach.machine, rdma=reach.rdma) if reach else None,
         )
-        placing = place_inline(self._messages(source, request), destination, first_token)
-        async with aclosing(placing) as arriving:
-            async for arrived in arriving:
-                yield arrived
-
-    async def _messages(
-        self, source: KvSource, request: transfer_pb2.PullRequest
-    ) -> AsyncGenerator[KvHeader | KvChunk, None]:
         async with self._calling(source) as stub:
             call = stub.Pull(request)
             try:
@@ -139,6 +148,8 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
             first_token=request.first_token,
             epoch=request.epoch,
             compatibility=compatibility_from_wire(request.compatibility),
+            transports=list(request.transports) or ("grpc",),
+            reach=Reach(request.reach.machine, request.reach.rdma) if request.HasField("reach") else None,
         )
         try:
             async with aclosing(self._server.pull(order)) as messages:
@@ -174,13 +185,16 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
 
 def _message_to_wire(message: KvHeader | KvChunk) -> transfer_pb2.KvMessage:
     if isinstance(message, KvHeader):
-        return transfer_pb2.KvMessage(header=transfer_pb2.KvHeader(block_size=message.block_size))
+        header = transfer_pb2.KvHeader(
+            block_size=message.block_size, nixl_pool=message.nixl_pool, obstacle=message.obstacle
+        )
+        return transfer_pb2.KvMessage(header=header)
     return transfer_pb2.KvMessage(chunk=_chunk_to_wire(message))
 
 
 def _message_from_wire(message: transfer_pb2.KvMessage, source: KvSource) -> KvHeader | KvChunk:
     if message.HasField("header"):
-        return KvHeader(message.header.block_size)
+        return KvHeader(message.header.block_size, message.header.nixl_pool, message.header.obstacle)
     return _chunk_from_wire(message.chunk, source)
 
 
@@ -189,6 +203,7 @@ def _chunk_to_wire(chunk: KvChunk) -> transfer_pb2.KvChunk:
         first_token=chunk.first_token,
         tokens=chunk.tokens,
         payload=chunk.payload,
+        blocks=chunk.blocks,
         crc32c=google_crc32c.value(chunk.payload),
         firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in chunk.firsts],
         exposed_ms=chunk.exposed_ms,
@@ -200,7 +215,8 @@ def _chunk_from_wire(message: transfer_pb2.KvChunk, source: KvSource) -> KvChunk
     if google_crc32c.value(payload) != message.crc32c:
         raise KvCorrupt(f"KV from {source.worker_id} failed its checksum at token {message.first_token}")
     firsts = tuple(FirstToken(f.index, f.token, finish_from_wire(f.finish), f.choice) for f in message.firsts)
-    return KvChunk(message.first_token, message.tokens, payload, firsts, message.exposed_ms)
+    blocks = list(message.blocks)
+    return KvChunk(message.first_token, message.tokens, payload, firsts, message.exposed_ms, blocks)
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError:

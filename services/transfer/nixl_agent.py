@@ -29,6 +29,14 @@ class Range(NamedTuple):
     local: int
     bytes: int
 
+    @property
+    def remote_end(self) -> int:
+        return self.remote + self.bytes
+
+    @property
+    def local_end(self) -> int:
+        return self.local + self.bytes
+
 
 class NixlAgent:
     """Not thread-safe, and its calls may take milliseconds: keep it on one thread of its own."""

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -109,7 +110,7 @@ class NixlReader:
             await asyncio.shield(done)
         except asyncio.CancelledError:
             self._do(lambda: self._give_up(read))
-            await _until_done(done)
+            await until_done(done, then_cancel=False)
             raise
 
     async def close(self) -> None:
@@ -228,7 +229,7 @@ class NixlReader:
 def _check_inside(ranges: Sequence[Range], remote_bytes: int, local_bytes: int) -> None:
     """A source's mistake must not become a write outside our pool. Raises KvLinkLost."""
     for one in ranges:
-        if not (0 <= one.remote <= remote_bytes - one.bytes and 0 <= one.local <= local_bytes - one.bytes):
+        if one.remote < 0 or one.local < 0 or one.remote_end > remote_bytes or one.local_end > local_bytes:
             raise KvLinkLost(f"{one} lies outside of the pools")
 
 
@@ -241,11 +242,16 @@ def _settle(future: "Future[None]", job: Callable[[], object]) -> None:
         future.set_result(None)
 
 
-async def _until_done(future: "asyncio.Future[None]") -> None:
-    """Wait for the end of a read, whoever cancels the waiting; how it ended is nobody's business."""
+async def until_done(future: "asyncio.Future[Any]", then_cancel: bool = True) -> None:
+    """Wait for the end of something that must end first, whoever cancels the waiting. How it ended is
+    the business of others. A cancellation that came meanwhile is raised afterwards, if wanted."""
+    cancelled = False
     while not future.done():
         try:
             await asyncio.wait([future])
         except asyncio.CancelledError:
-            continue
-    future.exception()
+            cancelled = True
+    if not future.cancelled():
+        future.exception()
+    if cancelled and then_cancel:
+        raise asyncio.CancelledError

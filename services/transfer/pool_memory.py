@@ -17,6 +17,11 @@ class PoolMemory:
         self._memory = memory
         self._generations = geometry.generations(memory)
 
+    @property
+    def pool(self) -> memoryview:
+        """The blocks alone."""
+        return self._memory[: self.geometry.bytes]
+
     def generation(self, block: int) -> int:
         """Raised by the engine whenever the block is handed out for new content."""
         return self._generations[block]
@@ -49,7 +54,7 @@ class PoolMemory:
         of `block_size` tokens, the first of which begins at `first_token`.
         """
         source = self._as_rows(payload, block_size)
-        ours = self._as_rows(self._memory[: self.geometry.bytes], self.block_size)
+        ours = self._as_rows(self.pool, self.block_size)
         while start < end:
             theirs, their_offset = divmod(start - first_token, block_size)
             index, offset = divmod(start, self.block_size)

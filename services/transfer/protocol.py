@@ -11,6 +11,9 @@ from typing import Protocol
 from services.core.block_hash import Compatibility
 from services.core.sampling import FinishReason
 from services.transfer.destination import Destination
+from services.transfer.nixl_reach import Reach
+
+TRANSPORTS = ("nixl", "grpc")  # the best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,19 @@ class PullOrder:
     first_token: int  # the reader holds everything before
     epoch: int  # of the source the gateway chose
     compatibility: Compatibility  # the reader's
+    transports: Sequence[str] = ("grpc",)  # that the reader has, best first
+    reach: Reach | None = None  # the reader's, if "nixl" is one of them
+
+
+class NixlOffer(Protocol):
+    """What a source that may be read over NIXL has (NixlSource)."""
+
+    @property
+    def pool(self) -> bytes: ...
+
+    def obstacle(self, order: PullOrder) -> str:
+        """Why this reader cannot read here one-sidedly, or nothing."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +74,25 @@ class KvHeader:
     """What a reader must know before the first chunk."""
 
     block_size: int  # tokens in a block of the source
+    nixl_pool: bytes = b""  # if chunks have references: the source's pool, see NixlSource
+    obstacle: str = ""  # if they have payloads although the reader prefers NIXL: why
 
 
 @dataclass(frozen=True, slots=True)
 class KvChunk:
-    """The KV of `tokens` tokens from `first_token` on, as whole blocks of the source."""
+    """The KV of `tokens` tokens from `first_token` on, as whole blocks of the source: their bytes, or
+    where the reader finds them."""
 
     first_token: int  # a multiple of the source's block size
     tokens: int
-    payload: bytes
+    payload: bytes = b""
     firsts: tuple[FirstToken, ...] = ()  # in the last chunk of a prefill only: one of each choice
     exposed_ms: float = 0.0  # in the last chunk only: from the end of the prefill to its sending
+    blocks: Sequence[int] = ()  # instead of a payload: where they are in the source's pool
+
+    @property
+    def end(self) -> int:
+        return self.first_token + self.tokens
 
 
 @dataclass(frozen=True, slots=True)

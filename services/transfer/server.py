@@ -9,10 +9,12 @@ from services.core.clock import Clock
 from services.core.errors import BadRequest, DiptychError, Incompatible, KvSourceLost, KvStale
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import KvChunk, KvHeader, LendOrder, PullOrder
+from services.transfer.protocol import KvChunk, KvHeader, LendOrder, NixlOffer, PullOrder
 
 # Measured on loopback gRPC: messages of about 1 MiB carry the most bytes per second.
 CHUNK_BYTES = 1 << 20
+# What a reader reads at once: 10 ms at 3 GB/s, so that others get their turn and a cancelled one ends.
+REFERENCE_BYTES = 32 << 20
 
 
 class KvServer:
@@ -26,6 +28,7 @@ class KvServer:
         pull_wait_s: float,
         lend_cached: Callable[[Lease, Sequence[int], str], None],
         on_sent: Callable[[int], None] = lambda sent_bytes: None,
+        nixl: NixlOffer | None = None,
     ) -> None:
         """`lend_cached(lease, token_ids, salt)` has the engine keep what it has cached of the tokens: the
         lease is `lent` or fails before long. It may raise Overloaded or EngineFailed."""
@@ -37,7 +40,9 @@ class KvServer:
         self._pull_wait_s = pull_wait_s
         self._lend_cached = lend_cached
         self._on_sent = on_sent
+        self._nixl = nixl
         self._blocks_per_chunk = max(CHUNK_BYTES // memory.block_bytes, 1)
+        self._blocks_per_reference = max(REFERENCE_BYTES // memory.block_bytes, 1)
 
     async def pull(self, order: PullOrder) -> AsyncGenerator[KvHeader | KvChunk, None]:
         """Whole blocks as soon as they are computed, the partial one with the end of the prefill.
@@ -48,16 +53,17 @@ class KvServer:
         lease = await self._leases.find(order.transfer_id, self._pull_wait_s)
         with self._leases.hold(lease):
             lease.opened_by_puller()
-            yield KvHeader(self._memory.block_size)
+            header = self._header(order)
+            yield header
             position = order.first_token // self._memory.block_size * self._memory.block_size
             while not lease.complete or position < lease.tokens:
                 await self._more_than(position, lease)
-                for chunk in self._chunks(lease, position, self._readable(lease)):
+                for chunk in self._chunks(lease, position, self._readable(lease), bool(header.nixl_pool)):
                     if lease.error:  # the prefill was cancelled while the last chunk was on its way
                         raise lease.error
                     yield chunk
                     position += chunk.tokens
-                    self._on_sent(len(chunk.payload))
+                    self._on_sent(len(chunk.payload) + len(chunk.blocks) * self._memory.block_bytes)
             exposed_ms = (self._clock.now() - lease.complete_at_s) * 1e3
             yield KvChunk(position, 0, b"", tuple(lease.firsts), exposed_ms)
 
@@ -88,6 +94,22 @@ class KvServer:
         if differences := self._compatibility.differences(theirs):
             raise Incompatible("source and reader differ in " + "; ".join(differences))
 
+    def _header(self, order: PullOrder) -> KvHeader:
+        """Says how the KV travels: the first way of the reader's that is possible here.
+
+        Raises Incompatible if there is none.
+        """
+        obstacle = ""
+        for transport in order.transports:
+            if transport == "grpc":
+                return KvHeader(self._memory.block_size, obstacle=obstacle)
+            if transport == "nixl":
+                obstacle = self._nixl.obstacle(order) if self._nixl else "the source does not have it"
+                if self._nixl and not obstacle:
+                    return KvHeader(self._memory.block_size, nixl_pool=self._nixl.pool)
+        reason = f"; nixl: {obstacle}" if obstacle else ""
+        raise Incompatible(f"KV cannot travel over any of {', '.join(order.transports)}{reason}")
+
     async def _more_than(self, position: int, lease: Lease) -> None:
         """Wait for KV beyond `position`, or for the prefill's end."""
         await lease.until(lambda: lease.complete or self._readable(lease) > position)
@@ -98,16 +120,17 @@ class KvServer:
             return lease.tokens
         return lease.computed // self._memory.block_size * self._memory.block_size
 
-    def _chunks(self, lease: Lease, start: int, end: int) -> Iterator[KvChunk]:
+    def _chunks(self, lease: Lease, start: int, end: int, by_reference: bool) -> Iterator[KvChunk]:
         """Reads lazily: a block is copied when its chunk is about to be sent."""
         size = self._memory.block_size
-        step = self._blocks_per_chunk * size
+        step = (self._blocks_per_reference if by_reference else self._blocks_per_chunk) * size
         for position in range(start, end, step):
             stop = min(position + step, end)
             blocks = slice(position // size, -(-stop // size))
-            payload = self._memory.read(lease.block_ids[blocks])
+            ids = lease.block_ids[blocks]
+            payload = b"" if by_reference else self._memory.read(ids)
             self._check_unchanged(lease, blocks)
-            yield KvChunk(position, stop - position, payload)
+            yield KvChunk(position, stop - position, payload, blocks=ids if by_reference else ())
 
     def _check_unchanged(self, lease: Lease, blocks: slice) -> None:
         """After the copy: the blocks were the lease's all the time. The lease sees to that; should it

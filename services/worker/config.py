@@ -57,6 +57,10 @@ class WorkerConfig:
         default=20.0,
         metadata={"help": "an engine silent for so long (and for ten of its steps) is hung, and is ended"},
     )
+    transports: str = field(
+        default="nixl,grpc",
+        metadata={"help": "how KV may travel, best first; what a pair of workers both have is used"},
+    )
     drain_grace_s: float = field(
         default=10.0, metadata={"help": "how long running sequences may finish after SIGTERM"}
     )

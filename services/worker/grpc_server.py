@@ -9,7 +9,7 @@ from services.engine.messages import Fetched, Landed
 from services.engine.submission import SequenceBounds
 from services.prefill.service import PrefillService
 from services.transfer.fetch import FetchObserver, PrefixFetched, PrefixFetcher
-from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
+from services.transfer.grpc_transport import KvTransferService
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.server import KvServer
@@ -19,6 +19,7 @@ from services.worker.config import WorkerConfig
 from services.worker.identity import WorkerIdentity
 from services.worker.lender import Lender
 from services.worker.metrics import WorkerMetrics
+from services.worker.transports import open_transports, parse_transports
 
 
 class WorkerServer:
@@ -40,8 +41,7 @@ class WorkerServer:
         self._clock = clock
         self._memory = PoolMemory(identity.geometry, engine.pool)
         self._bounds = SequenceBounds(identity.files.config.vocab_size, identity.context_tokens_max)
-        self._transport = GrpcKvTransport(identity.compatibility, network)
-        self._fetcher = PrefixFetcher(self._transport, self._memory, clock, self._fetch_observer())
+        self._network = network
         self._server = network.new_server()
         self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended, self._memory.generation)
         metrics.watch("diptych_worker_leases", "Open KV leases", lambda: self.leases.open_leases)
@@ -52,7 +52,18 @@ class WorkerServer:
         return f"{self._config.advertise_host or self._config.host}:{self._port}"
 
     async def start(self) -> None:
-        """Raises ConfigError if the port is taken."""
+        """Raises ConfigError if the port is taken or no transport is here."""
+        self._transports = await open_transports(
+            parse_transports(self._config.transports),
+            self._identity.key.worker_id,
+            self._identity.compatibility,
+            self._memory,
+            self._network,
+            self._clock,
+        )
+        self._fetcher = PrefixFetcher(
+            self._transports.reading, self._memory, self._clock, self._fetch_observer()
+        )
         self._add_kv()
         if self._config.role in ("prefill", "both"):
             self._add_prefill()
@@ -64,7 +75,7 @@ class WorkerServer:
     async def stop(self) -> None:
         """Cut what still runs: draining is over."""
         await self._server.stop(grace=0)
-        await self._transport.close()
+        await self._transports.close()
 
     def _add_prefill(self) -> None:
         service = PrefillService(
@@ -90,13 +101,14 @@ class WorkerServer:
             self._config.pull_wait_s,
             Lender(self._engine, self.leases, self._clock).lend,
             self._metrics.on_sent,
+            self._transports.nixl_source,
         )
         transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(kv), self._server)
 
     def _add_decode(self) -> None:
         parts = DecodeParts(
             self._engine,
-            self._transport,
+            self._transports.reading,
             self._memory,
             self._clock,
             self._metrics.on_received,

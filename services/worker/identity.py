@@ -12,6 +12,7 @@ from services.model.files import ModelFiles, open_model
 from services.model.pool_geometry import PoolGeometry
 from services.model.pull import ensure_default_model
 from services.worker.config import WorkerConfig
+from services.worker.transports import parse_transports
 
 _BLOCK_SIZE_MAX = 512
 
@@ -65,6 +66,7 @@ def _check(config: WorkerConfig) -> None:
         )
     if not 1 <= config.block_size <= _BLOCK_SIZE_MAX:
         raise ConfigError(f"--block-size must be 1 to {_BLOCK_SIZE_MAX}, not {config.block_size}")
+    parse_transports(config.transports)
     positive = (
         "sequences_max",
         "waiting_max",

@@ -40,6 +40,7 @@ class ClusterSpec:
     decode: int
     split: str  # route_split of the gateway
     blocks: int  # KV blocks per worker
+    transports: str = "nixl,grpc"  # of KV, of all workers
 
 
 class RunningCluster:
@@ -56,6 +57,7 @@ class RunningCluster:
             "PYTHONPATH": str(ROOT),  # this checkout, whichever one is installed
             "DIPTYCH_HOME": str(home),
             "DIPTYCH_GATEWAY__ROUTE_SPLIT": spec.split,
+            "DIPTYCH_WORKER__TRANSPORTS": spec.transports,
         }
         home.mkdir(parents=True)
         with (home / "stdout").open("wb") as stdout, (home / "stderr").open("wb") as stderr:

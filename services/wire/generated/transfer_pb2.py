@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.wire.generated import worker_pb2 as worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0etransfer.proto\x12\ndiptych.v1\x1a\x0cworker.proto\"\x92\x01\n\rCompatibility\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x10\n\x08kv_dtype\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x14\n\x0cwire_version\x18\x07 \x01(\r\"x\n\x0bPullRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x30\n\rcompatibility\x18\x04 \x01(\x0b\x32\x19.diptych.v1.Compatibility\"\x84\x01\n\x0bLendRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04salt\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x06\x12\x30\n\rcompatibility\x18\x05 \x01(\x0b\x32\x19.diptych.v1.Compatibility\"\x1b\n\tLendReply\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"d\n\tKvMessage\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.diptych.v1.KvHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.diptych.v1.KvChunkH\x00\x42\t\n\x07message\"\x1e\n\x08KvHeader\x12\x12\n\nblock_size\x18\x01 \x01(\r\"\x8d\x01\n\x07KvChunk\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12(\n\x06\x66irsts\x18\x05 \x03(\x0b\x32\x18.diptych.v1.SampledToken\x12\x12\n\nexposed_ms\x18\x06 \x01(\x01\"4\n\x0eReleaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x1d\n\x0cReleaseReply\x12\r\n\x05valid\x18\x01 \x01(\x08\x32\xbf\x01\n\nKvTransfer\x12\x38\n\x04Pull\x12\x17.diptych.v1.PullRequest\x1a\x15.diptych.v1.KvMessage0\x01\x12\x36\n\x04Lend\x12\x17.diptych.v1.LendRequest\x1a\x15.diptych.v1.LendReply\x12?\n\x07Release\x12\x1a.diptych.v1.ReleaseRequest\x1a\x18.diptych.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0etransfer.proto\x12\ndiptych.v1\x1a\x0cworker.proto\"\x92\x01\n\rCompatibility\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x10\n\x08kv_dtype\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x14\n\x0cwire_version\x18\x07 \x01(\r\"\xae\x01\n\x0bPullRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x30\n\rcompatibility\x18\x04 \x01(\x0b\x32\x19.diptych.v1.Compatibility\x12\x12\n\ntransports\x18\x05 \x03(\t\x12 \n\x05reach\x18\x06 \x01(\x0b\x32\x11.diptych.v1.Reach\"&\n\x05Reach\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x0c\n\x04rdma\x18\x02 \x01(\x08\"\x84\x01\n\x0bLendRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04salt\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x06\x12\x30\n\rcompatibility\x18\x05 \x01(\x0b\x32\x19.diptych.v1.Compatibility\"\x1b\n\tLendReply\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"d\n\tKvMessage\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.diptych.v1.KvHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.diptych.v1.KvChunkH\x00\x42\t\n\x07message\"C\n\x08KvHeader\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x11\n\tnixl_pool\x18\x02 \x01(\x0c\x12\x10\n\x08obstacle\x18\x03 \x01(\t\"\x9d\x01\n\x07KvChunk\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12(\n\x06\x66irsts\x18\x05 \x03(\x0b\x32\x18.diptych.v1.SampledToken\x12\x12\n\nexposed_ms\x18\x06 \x01(\x01\x12\x0e\n\x06\x62locks\x18\x07 \x03(\r\"4\n\x0eReleaseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x1d\n\x0cReleaseReply\x12\r\n\x05valid\x18\x01 \x01(\x08\x32\xbf\x01\n\nKvTransfer\x12\x38\n\x04Pull\x12\x17.diptych.v1.PullRequest\x1a\x15.diptych.v1.KvMessage0\x01\x12\x36\n\x04Lend\x12\x17.diptych.v1.LendRequest\x1a\x15.diptych.v1.LendReply\x12?\n\x07Release\x12\x1a.diptych.v1.ReleaseRequest\x1a\x18.diptych.v1.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,22 +34,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_COMPATIBILITY']._serialized_start=45
   _globals['_COMPATIBILITY']._serialized_end=191
-  _globals['_PULLREQUEST']._serialized_start=193
-  _globals['_PULLREQUEST']._serialized_end=313
-  _globals['_LENDREQUEST']._serialized_start=316
-  _globals['_LENDREQUEST']._serialized_end=448
-  _globals['_LENDREPLY']._serialized_start=450
-  _globals['_LENDREPLY']._serialized_end=477
-  _globals['_KVMESSAGE']._serialized_start=479
-  _globals['_KVMESSAGE']._serialized_end=579
-  _globals['_KVHEADER']._serialized_start=581
-  _globals['_KVHEADER']._serialized_end=611
-  _globals['_KVCHUNK']._serialized_start=614
-  _globals['_KVCHUNK']._serialized_end=755
-  _globals['_RELEASEREQUEST']._serialized_start=757
-  _globals['_RELEASEREQUEST']._serialized_end=809
-  _globals['_RELEASEREPLY']._serialized_start=811
-  _globals['_RELEASEREPLY']._serialized_end=840
-  _globals['_KVTRANSFER']._serialized_start=843
-  _globals['_KVTRANSFER']._serialized_end=1034
+  _globals['_PULLREQUEST']._serialized_start=194
+  _globals['_PULLREQUEST']._serialized_end=368
+  _globals['_REACH']._serialized_start=370
+  _globals['_REACH']._serialized_end=408
+  _globals['_LENDREQUEST']._serialized_start=411
+  _globals['_LENDREQUEST']._serialized_end=543
+  _globals['_LENDREPLY']._serialized_start=545
+  _globals['_LENDREPLY']._serialized_end=572
+  _globals['_KVMESSAGE']._serialized_start=574
+  _globals['_KVMESSAGE']._serialized_end=674
+  _globals['_KVHEADER']._serialized_start=676
+  _globals['_KVHEADER']._serialized_end=743
+  _globals['_KVCHUNK']._serialized_start=746
+  _globals['_KVCHUNK']._serialized_end=903
+  _globals['_RELEASEREQUEST']._serialized_start=905
+  _globals['_RELEASEREQUEST']._serialized_end=957
+  _globals['_RELEASEREPLY']._serialized_start=959
+  _globals['_RELEASEREPLY']._serialized_end=988
+  _globals['_KVTRANSFER']._serialized_start=991
+  _globals['_KVTRANSFER']._serialized_end=1182
 # @@protoc_insertion_point(module_scope)

@@ -24,8 +24,11 @@ from services.transfer.destination import Destination
 from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.memory_transport import MemoryKvTransport
+from services.transfer.nixl_reader import NixlReader
+from services.transfer.nixl_source import NixlSource
+from services.transfer.nixl_transport import NixlKvTransport
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import FirstToken, KvSource, KvTransport
+from services.transfer.protocol import FirstToken, KvSource, KvTransport, NixlOffer
 from services.transfer.receive import Received, ReceiveObserver, receive_kv, receive_lent
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server
@@ -60,8 +63,11 @@ class Source:
         )
         for block in range(BLOCKS):
             self.memory.write([block], bytes(range(32 * block % 224, 32 * block % 224 + 32)))
+        self.serve()
+
+    def serve(self, nixl: NixlOffer | None = None) -> None:
         self.server = KvServer(
-            self.leases, self.memory, compatibility(), EPOCH, SystemClock(), 0.2, self._lend
+            self.leases, self.memory, compatibility(), EPOCH, SystemClock(), 0.2, self._lend, nixl=nixl
         )
 
     def compute(self, upto: int = TOKENS) -> None:
@@ -103,7 +109,28 @@ async def grpc_transport_pair(source: Source, ours: Compatibility) -> AsyncItera
         await server.stop(grace=0)
 
 
-@pytest.fixture(params=[memory_transport, grpc_transport_pair], ids=["memory", "grpc"])
+@asynccontextmanager
+async def nixl_transport(source: Source, ours: Compatibility) -> AsyncIterator[tuple[KvTransport, str]]:
+    """gRPC for the words, one-sided reads for the bytes. Its reader's pool is the next Puller's."""
+    pytest.importorskip("nixl")
+    nixl_source = NixlSource("p", source.memory)
+    source.serve(nixl_source)
+    async with grpc_transport_pair(source, ours) as (grpc, address):
+        memory = pool(ours.block_size)
+        reader = NixlReader("d", memory.pool)
+        await reader.start()
+        transport = NixlKvTransport(grpc, reader, ["nixl", "grpc"], SystemClock())
+        transport.reads_into = memory
+        try:
+            yield transport, address
+        finally:
+            await transport.close()
+            nixl_source.close()
+
+
+@pytest.fixture(
+    params=[memory_transport, grpc_transport_pair, nixl_transport], ids=["memory", "grpc", "nixl"]
+)
 def connect(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     return request.param
 
@@ -112,7 +139,7 @@ class Puller:
     def __init__(self, transport: KvTransport, address: str, block_size: int = SIZE) -> None:
         self.transport = transport
         self.source = KvSource("p", address, EPOCH)
-        self.memory = pool(block_size)
+        self.memory = getattr(transport, "reads_into", None) or pool(block_size)
         self.table = list(range(self.memory.geometry.blocks))
         self.landed: list[int] = []
         self.proven: list[int] = []
@@ -268,13 +295,14 @@ async def test_a_block_that_is_reused_after_it_was_read_is_not_confirmed(connect
     assert source.ends == ["stale"]
 
 
-async def test_inline_kv_is_proven_as_it_lands(connect) -> None:  # type: ignore[no-untyped-def]
+async def test_inline_kv_is_proven_as_it_lands_and_what_nixl_reads_only_by_the_release(connect) -> None:  # type: ignore[no-untyped-def]
     source = Source()
     source.compute()
     async with connect(source, compatibility()) as link:
         puller = Puller(*link)
         await puller.receive(held_tokens=4)
-    assert puller.proven == puller.landed
+    assert puller.landed[-1] == TOKENS
+    assert set(puller.proven) == {4} if connect is nixl_transport else puller.proven == puller.landed
 
 
 async def test_a_cancelled_receive_frees_the_source_at_once(connect) -> None:  # type: ignore[no-untyped-def]
