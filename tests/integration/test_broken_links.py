@@ -133,7 +133,21 @@ async def test_without_another_prefill_worker_the_decode_worker_computes_behind_
     answer = await cluster.answer(prompt=PROMPT, max_tokens=TOKENS)
     check(answer, right)
     assert answer.timings["prefill_worker"] is None
-    assert cluster.retries("puller_lost") + cluster.retries("kv_link_lost") == 1
+    assert cluster.retries("kv_link_lost") == 1
+
+
+async def test_a_pair_that_never_found_each_other_is_avoided_not_its_decode_worker(
+    model: ServedModel,
+) -> None:
+    """The prefill worker gives up first: only the pair is known to have failed."""
+    async with in_process_cluster(model, prefill=1, decode=1, pull_wait_s=0.2) as cluster:
+        right = await undisturbed(cluster)
+        cluster.link("d0", "p0").cut()
+        answer = await cluster.answer(prompt=PROMPT, max_tokens=TOKENS)
+        check(answer, right)
+        assert answer.timings["decode_worker"] == "d0"
+        assert cluster.retries("puller_lost") == 1
+        assert cluster.retries("no_worker") == 0
 
 
 async def test_a_link_that_swallows_everything_is_found_and_replaced(spare: InProcessCluster) -> None:

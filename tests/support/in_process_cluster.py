@@ -35,7 +35,7 @@ from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.unit.gateway.in_memory_cluster import over_network
 
 LEASE_TTL_S = 0.5
-PULL_WAIT_S = 0.5
+PULL_WAIT_S = 2.0
 CONTEXT_TOKENS = 400
 POLL_S = 0.02
 

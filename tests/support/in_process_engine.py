@@ -31,7 +31,7 @@ def compatibility(block_size: int = 4) -> Compatibility:
 
 def build_engine(pool: memoryview, blocks: int, limits: Limits = LIMITS, block_size: int = 4) -> Engine:
     shape = geometry(blocks, block_size)
-    runner, generations = ArithmeticRunner(shape, pool), shape.generations(pool)
+    runner, generations = ArithmeticRunner(shape, pool, VOCAB), shape.generations(pool)
     return Engine(runner, compatibility(block_size), blocks, limits, SystemClock(), generations)
 
 
