@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := services router kernels loadtest tests
 
-.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv clean
+.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -60,6 +60,10 @@ chaos: setup
 # The share of allocated KV slots that hold no token, on real request lengths (LENGTHS=file.csv).
 bench-kv: setup
 	@$(PY) -m tests.bench.kv_waste $(if $(LENGTHS),--lengths $(LENGTHS))
+
+# A cached prefix fetched from another worker, against computing it.
+bench-fetch: setup
+	@$(PY) -m tests.bench.prefix_fetch
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
