@@ -35,6 +35,12 @@ class Display:
             yield ready
 
     @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """A spinner on a terminal, nothing elsewhere."""
+        with self._console.status(what):
+            yield
+
+    @contextmanager
     def download(self, title: str) -> Iterator[Callable[[int, int], None]]:
         """Call the result with (bytes done, bytes in all). Nothing is shown before the first call."""
         if not self._console.is_terminal:

@@ -63,6 +63,10 @@ async def _with_nixl(
 ) -> KvTransports:
     reader = NixlReader(worker_id, memory.pool)
     await reader.start()
-    # On a thread because UCX looks for devices.
-    source = await asyncio.to_thread(NixlSource, worker_id, memory)
+    try:
+        # On a thread because UCX looks for devices.
+        source = await asyncio.to_thread(NixlSource, worker_id, memory)
+    except TransportUnavailable:
+        await reader.close()
+        raise
     return KvTransports(NixlKvTransport(grpc, reader, names, clock), source)
