@@ -3,6 +3,7 @@
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -14,7 +15,6 @@ from services.engine.runner import ArithmeticRunner, Row
 from tests.sim.loop import Process
 
 VOCAB = 512
-_STEP_MS, _PREFILL_MS, _DECODE_MS = 5.0, 0.5, 1.0  # a step; each prompt token; each decoding sequence
 _INTEGRITY_EVERY = 8  # steps between two checks of the block pool's books
 
 
@@ -32,18 +32,35 @@ class SteppingClock:
         await self._clock.sleep(seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long steps take."""
+
+    rng: random.Random
+    step_ms: float
+    prefill_ms: float  # for each prompt token
+    decode_ms: float  # for each decoding sequence
+
+    @classmethod
+    def of(cls, rng: random.Random) -> "Pace":
+        return cls(rng, step_ms=rng.choice([2.0, 10.0]), prefill_ms=rng.choice([0.5, 3.0]), decode_ms=1.0)
+
+    def step_s(self, rows: Sequence[Row]) -> float:
+        ms = self.step_ms
+        for row in rows:
+            ms += self.decode_ms if len(row.tokens) == 1 else self.prefill_ms * len(row.tokens)
+        return ms * self.rng.uniform(0.8, 1.3) / 1e3
+
+
 class TimedRunner(ArithmeticRunner):
     """An arithmetic model that takes time."""
 
-    def __init__(self, setup: EngineSetup, pool: memoryview, clock: SteppingClock, rng: random.Random):
+    def __init__(self, setup: EngineSetup, pool: memoryview, clock: SteppingClock, pace: Pace) -> None:
         super().__init__(setup.geometry, pool, VOCAB)
-        self._clock, self._rng = clock, rng
+        self._clock, self._pace = clock, pace
 
     def run(self, rows: Sequence[Row]) -> list[list[int]]:
-        step_ms = _STEP_MS
-        for row in rows:
-            step_ms += _DECODE_MS if len(row.tokens) == 1 else _PREFILL_MS * len(row.tokens)
-        self._clock.ahead_s = step_ms * self._rng.uniform(0.8, 1.3) / 1e3
+        self._clock.ahead_s = self._pace.step_s(rows)
         return super().run(rows)
 
 
@@ -59,15 +76,17 @@ class SimEngine(EngineHandle):
         io: Process,
         process: Process,
         rng: random.Random,
+        pace: Pace,
         on_bug: Callable[[str], None],
         events: "Counter[str]",
-        build: "Callable[[EngineSetup, memoryview, SteppingClock, random.Random], Engine] | None" = None,
+        build: "Callable[[EngineSetup, memoryview, SteppingClock, Pace], Engine] | None" = None,
     ) -> None:
         super().__init__(sequences_max, on_report, clock)
         self.process = process
         self.engine: Engine | None = None
         self._io = io
         self._rng = rng
+        self._pace = pace
         self._on_bug = on_bug
         self._events = events
         self._build = build or build_engine
@@ -85,7 +104,7 @@ class SimEngine(EngineHandle):
         self._block_bytes = setup.geometry.block_bytes
         self._chunk_tokens_max = setup.limits.chunk_tokens_max
         self.pool = memoryview(bytearray(setup.geometry.shared_bytes))
-        self.engine = self._build(setup, self.pool, self._stepping_clock, self._rng)
+        self.engine = self._build(setup, self.pool, self._stepping_clock, self._pace)
 
     def send(self, command: Command) -> None:
         if not self.process.dead and not self._io.dead:
@@ -188,8 +207,8 @@ class SimEngine(EngineHandle):
             self._fail_all()
 
 
-def build_engine(setup: EngineSetup, pool: memoryview, clock: SteppingClock, rng: random.Random) -> Engine:
-    runner = TimedRunner(setup, pool, clock, rng)
+def build_engine(setup: EngineSetup, pool: memoryview, clock: SteppingClock, pace: Pace) -> Engine:
+    runner = TimedRunner(setup, pool, clock, pace)
     generations = setup.geometry.generations(pool)
     return Engine(runner, setup.compatibility, setup.geometry.blocks, setup.limits, clock, generations)
 

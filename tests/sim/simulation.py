@@ -15,6 +15,7 @@ from typing import Any
 
 from services.gateway.config import GatewayConfig
 from services.worker.config import WorkerConfig
+from tests.sim.engine import Pace
 from tests.sim.faults import Faults
 from tests.sim.gateway import HttpCall, SimGateway
 from tests.sim.loop import LoopClock, Process, Stuck, VirtualLoop
@@ -22,7 +23,7 @@ from tests.sim.network import SimNetwork
 from tests.sim.store import SimStore
 from tests.sim.trace import Trace
 from tests.sim.worker import SimWorker, World
-from tests.sim.workload import Request, Workload
+from tests.sim.workload import Expected, Request, Workload, answer
 
 REQUEST_TIMEOUT_S = 60.0
 ATTEMPTS_MAX = 6
@@ -94,7 +95,9 @@ class _Run:
         clock = LoopClock(loop)
         network = SimNetwork(random.Random(f"network {seed}"), self.trace, self.bug)
         store = SimStore(clock, random.Random(f"store {seed}"))
-        self.world = World(loop, clock, rng, self.trace, network, store, self.bug, build_engine=build_engine)
+        self.world = World(
+            loop, clock, rng, self.trace, network, store, self.bug, Pace.of(rng), build_engine=build_engine
+        )
         self._sabotage = sabotage
 
     def bug(self, what: str) -> None:
@@ -234,11 +237,12 @@ class _Run:
         if call.error:
             self._excuse(request, call.error)
             return call.error
-        answer = _Answer(call, streams=request.streams)
-        if answer.error:
-            self._excuse(request, answer.error)
-            return answer.error
-        for complaint in answer.differences(request):
+        received = _Answer(call, streams=request.streams)
+        if received.error:
+            self._excuse(request, received.error)
+            return received.error
+        self.world.events["fetched_tokens"] += received.timings.get("fetched_tokens", 0)
+        for complaint in received.differences(request):
             self.bug(f"{request.name}: {complaint}")
         return "ok"
 
@@ -300,39 +304,42 @@ class _Answer:
 
     def __init__(self, call: HttpCall, *, streams: bool) -> None:
         self.error = ""
-        self.text, self.finish, self.token_ids = "", None, []  # type: ignore[var-annotated]
-        self.usage: dict[str, Any] | None = None
-        self.done = not streams
-        chunks = _events(call.received) if streams else [json.loads(call.received)]
-        for chunk in chunks:
+        self.timings: dict[str, Any] = {}
+        self._choices: dict[int, Expected] = {}
+        self._usage: dict[str, Any] = {}
+        self._done = not streams
+        for chunk in _events(call.received) if streams else [json.loads(call.received)]:
             self._take(chunk)
 
     def _take(self, chunk: Any) -> None:
         if chunk == "[DONE]":
-            self.done = True
+            self._done = True
             return
         if "error" in chunk:
             self.error = chunk["error"]["code"] or chunk["error"]["type"]
             return
-        self.usage = chunk.get("usage") or self.usage
-        for choice in chunk["choices"]:
-            assert self.finish is None, "text after the end"
-            self.text += choice["text"]
-            self.token_ids += choice.get("token_ids") or []
-            self.finish = choice["finish_reason"]
+        self._usage = chunk.get("usage") or self._usage
+        self.timings = chunk.get("timings") or self.timings
+        for part in chunk["choices"]:
+            choice = self._choices.setdefault(part["index"], Expected([], "", ""))
+            assert not choice.finish, "text after the end of a choice"
+            choice.text += part["text"]
+            choice.token_ids += part.get("token_ids") or []
+            choice.finish = part["finish_reason"] or ""
 
     def differences(self, request: Request) -> list[str]:
-        expected, found = request.expected, []
-        for name in ("token_ids", "text", "finish"):
-            mine, right = getattr(self, name), getattr(expected, name)
-            if mine != right:
-                found.append(f"{name} {mine} instead of {right}")
-        usage = self.usage or {}
-        if usage.get("completion_tokens") != len(expected.token_ids):
-            found.append(f"usage {usage} for {len(expected.token_ids)} tokens")
-        if usage.get("prompt_tokens") != len(request.prompt):
-            found.append(f"usage {usage} for a prompt of {len(request.prompt)} tokens")
-        if not self.done:
+        seed = request.body.get("seed", self.timings.get("seed"))
+        expected = {n: answer(request.body, seed, n) for n in range(request.body.get("n", 1))}
+        found = []
+        for number, right in expected.items():
+            if self._choices.get(number) != right:
+                found.append(f"choice {number} is {self._choices.get(number)} instead of {right}")
+        tokens = sum(len(choice.token_ids) for choice in expected.values())
+        if self._usage.get("completion_tokens") != tokens:
+            found.append(f"usage {self._usage} for {tokens} tokens")
+        if self._usage.get("prompt_tokens") != len(request.prompt):
+            found.append(f"usage {self._usage} for a prompt of {len(request.prompt)} tokens")
+        if not self._done:
             found.append("a stream without [DONE]")
         return found
 

@@ -48,13 +48,13 @@ class LeakyEngine(Engine):
         super().handle(command)
 
 
-def leaky(setup: EngineSetup, pool: memoryview, clock: Any, rng: Any) -> Engine:
-    runner = TimedRunner(setup, pool, clock, rng)
+def leaky(setup: EngineSetup, pool: memoryview, clock: Any, pace: Any) -> Engine:
+    runner = TimedRunner(setup, pool, clock, pace)
     return LeakyEngine(runner, setup.compatibility, setup.geometry.blocks, setup.limits, clock)
 
 
-def without_generations(setup: EngineSetup, pool: memoryview, clock: Any, rng: Any) -> Engine:
-    runner = TimedRunner(setup, pool, clock, rng)
+def without_generations(setup: EngineSetup, pool: memoryview, clock: Any, pace: Any) -> Engine:
+    runner = TimedRunner(setup, pool, clock, pace)
     return Engine(runner, setup.compatibility, setup.geometry.blocks, setup.limits, clock)
 
 
@@ -103,13 +103,13 @@ def test_a_lost_event_is_found() -> None:
 
 
 def test_wrong_kv_is_found() -> None:
-    assert finds("token_ids", **tampering(wrong_kv_with_a_right_checksum))
+    assert finds("instead of", **tampering(wrong_kv_with_a_right_checksum))
 
 
 def test_a_confirmation_that_does_not_look_is_found() -> None:
     """Generations find reuse too, so both guards are off."""
     broken = tampering(confirmed_without_a_look)
-    assert finds("token_ids", build_engine=without_generations, **broken)
+    assert finds("instead of", build_engine=without_generations, **broken)
 
 
 class TestTheLoop:

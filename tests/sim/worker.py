@@ -18,7 +18,7 @@ from services.transfer import server as kv_server
 from services.worker.config import WorkerConfig
 from services.worker.identity import WorkerIdentity
 from services.worker.main import Surroundings, Worker
-from tests.sim.engine import VOCAB, SimEngine
+from tests.sim.engine import VOCAB, Pace, SimEngine
 from tests.sim.loop import Process, VirtualLoop
 from tests.sim.network import SimNetwork
 from tests.sim.store import SimStore, StoreClient
@@ -41,6 +41,7 @@ class World:
     network: SimNetwork
     store: SimStore
     on_bug: Callable[[str], None]
+    pace: Pace
     events: Counter[str] = field(default_factory=Counter)
     build_engine: Any = None  # replaces the engine, to prove that a broken one is found
 
@@ -137,10 +138,11 @@ class SimWorker:
         if engine is None or not self.alive:
             return None
         scheduler = engine._scheduler
-        # A preempted sequence goes back to the head of the queue, whatever its length.
+        # Preempted sequences and further choices of admitted ones wait beside those the limit is for.
         bound = self.config.waiting_max + self.config.sequences_max
-        if len(scheduler.waiting) > bound or len(scheduler.admitted) > self.config.sequences_max:
-            return f"{self.name}: {len(scheduler.waiting)} waiting, {len(scheduler.admitted)} admitted"
+        waiting = {sequence.seq_id for sequence in scheduler.waiting}
+        if len(waiting) > bound or len(scheduler.admitted) > self.config.sequences_max:
+            return f"{self.name}: {len(waiting)} waiting, {len(scheduler.admitted)} admitted"
         if self.engine.sequences > bound:
             return f"{self.name}: {self.engine.sequences} sequences"
         return None
@@ -185,6 +187,7 @@ class SimWorker:
             io=self.io,
             process=self.engine_process,
             rng=world.rng,
+            pace=world.pace,
             on_bug=world.on_bug,
             events=world.events,
             build=world.build_engine,

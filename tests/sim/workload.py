@@ -17,8 +17,10 @@ from tests.sim.gateway import END_TOKEN, word
 from tests.sim.worker import MODEL
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Expected:
+    """One choice of an answer."""
+
     token_ids: list[int]
     text: str
     finish: str
@@ -31,7 +33,6 @@ class Request:
     name: str
     at_s: float
     body: dict[str, Any]
-    expected: Expected
     leaves_after_s: float | None = None
     read_s: float = 0.0
 
@@ -51,8 +52,9 @@ class Workload:
     prefixes: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        lengths = (3, 17, self.context_tokens // 4, self.context_tokens // 2)
-        self.prefixes = [self._tokens(self.rng.randint(1, length)) for length in lengths]
+        half = self.context_tokens // 2
+        ranges = ((1, 20), (half // 4, half), (half // 2, half))
+        self.prefixes = [self._tokens(self.rng.randint(*lengths)) for lengths in ranges]
 
     def requests(self, count: int, within_s: float) -> list[Request]:
         """Arrivals are independent of each other, with bursts."""
@@ -71,9 +73,13 @@ class Workload:
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": rng.choice([0.0, 1.0]),
-            "seed": rng.getrandbits(40),
             "return_token_ids": True,
+            "timings": True,
         }
+        if rng.random() < 0.8:
+            body["seed"] = rng.getrandbits(40)
+        if rng.random() < 0.2:
+            body["n"] = rng.randint(2, 4)
         if rng.random() < 0.3:
             body["stop_token_ids"] = rng.sample(range(VOCAB), 40)
             body["min_tokens"] = rng.randint(0, max_tokens)
@@ -83,15 +89,12 @@ class Workload:
             body["cache_salt"] = rng.choice(["tenant", "other"])
         if rng.random() < 0.7:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        expected = answer(body)
-        if rng.random() < 0.2 and len(expected.token_ids) > 3 and "min_tokens" not in body:
-            body["stop"] = word(rng.choice(expected.token_ids[1:-1]))
-            expected = answer(body)
+        if rng.random() < 0.2 and "seed" in body and "min_tokens" not in body:
+            body["stop"] = word(rng.choice(answer(body, body["seed"], choice=0).token_ids))
         return Request(
             name,
             at_s,
             body,
-            expected,
             leaves_after_s=rng.uniform(0.0, 3.0) if rng.random() < 0.12 else None,
             read_s=rng.uniform(0.0, 0.2) if rng.random() < 0.1 else 0.0,
         )
@@ -106,9 +109,9 @@ class Workload:
         return [self.rng.randrange(VOCAB) for _ in range(count)]
 
 
-def answer(body: dict[str, Any]) -> Expected:
+def answer(body: dict[str, Any], seed: int, choice: int) -> Expected:
     """What a cluster must answer to `body`, whatever happens to it."""
-    params = SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"])
+    params = SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=seed)
     ends = set(body.get("stop_token_ids", [])) | (set() if body.get("ignore_eos") else {END_TOKEN})
     keys = values = 0
     fresh = list(body["prompt"])
@@ -117,7 +120,7 @@ def answer(body: dict[str, Any]) -> Expected:
     while True:
         keys = zlib.crc32(array("i", fresh), keys)
         values = zlib.crc32(array("i", [-token for token in fresh]), values)
-        token = arithmetic_token(keys, values, params, len(tokens), VOCAB)
+        token = arithmetic_token(keys, values, params, len(tokens), VOCAB, choice)
         tokens.append(token)
         fresh = [token]
         if token in ends and len(tokens) >= body.get("min_tokens", 0):
