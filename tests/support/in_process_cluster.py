@@ -47,8 +47,8 @@ class InProcessWorker:
         self, role: Role, key: WorkerKey, port: int, network: Network, blocks: int, pull_wait_s: float
     ) -> None:
         self.role, self.key, self.blocks = role, key, blocks
-        self.engine = InProcessEngine(blocks)
         self.metrics = WorkerMetrics()
+        self.engine = InProcessEngine(blocks, on_report=self.metrics.on_report)
         config = WorkerConfig(role=role, port=port, lease_ttl_s=LEASE_TTL_S, pull_wait_s=pull_wait_s)
         self.server = WorkerServer(
             config,
