@@ -6,6 +6,8 @@
     ├── Overloaded          no room now; try again after `retry_after_s`
     ├── NoWorker            no live worker can take the request
     ├── WorkerLost          a worker or the connection to it died
+    ├── Draining            a worker is about to stop and sends its work elsewhere
+    ├── RoleChanged         a worker no longer does this kind of work
     ├── StoreUnavailable    Redis does not answer; index and membership are blind for now
     ├── PullerLost          the decode side of a KV transfer never came
     ├── KvSourceLost        the prefill side of a KV transfer died or refused
@@ -19,7 +21,8 @@
     ├── RequestCancelled    the client is gone, or the gateway gave up
     ├── ModelFileError      a model file is missing, truncated or unsupported
     ├── ConfigError         a configuration value is unknown or wrong
-    └── EngineFailed        the engine process died or broke an invariant
+    ├── EngineFailed        the engine process died or broke an invariant
+    └── EngineStalled       the engine process is overdue; it may go on, or be ended
 
 `FACTS` gives each leaf its HTTP status, gRPC code, whether another attempt may help, and its
 counter label. To add an error: add the class, and its row; a test proves that every leaf has one.
@@ -60,6 +63,14 @@ class NoWorker(DiptychError):
 
 
 class WorkerLost(DiptychError):
+    pass
+
+
+class Draining(DiptychError):
+    pass
+
+
+class RoleChanged(DiptychError):
     pass
 
 
@@ -119,6 +130,10 @@ class EngineFailed(DiptychError):
     pass
 
 
+class EngineStalled(DiptychError):
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the edges need to know about an error."""
@@ -135,6 +150,8 @@ FACTS: dict[type[DiptychError], Facts] = {
     Overloaded: Facts(429, "RESOURCE_EXHAUSTED", True, "overloaded"),
     NoWorker: Facts(503, "UNAVAILABLE", True, "no_worker"),
     WorkerLost: Facts(503, "UNAVAILABLE", True, "worker_lost"),
+    Draining: Facts(503, "UNAVAILABLE", True, "draining"),
+    RoleChanged: Facts(503, "UNAVAILABLE", True, "role_changed"),
     StoreUnavailable: Facts(503, "UNAVAILABLE", True, "store_unavailable"),
     PullerLost: Facts(503, "ABORTED", True, "puller_lost"),
     KvSourceLost: Facts(503, "ABORTED", True, "kv_source_lost"),
@@ -149,6 +166,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     ModelFileError: Facts(500, "FAILED_PRECONDITION", False, "model_file"),
     ConfigError: Facts(500, "FAILED_PRECONDITION", False, "config"),
     EngineFailed: Facts(503, "INTERNAL", True, "engine_failed"),
+    EngineStalled: Facts(503, "UNAVAILABLE", True, "engine_stalled"),
 }
 
 BY_LABEL: dict[str, type[DiptychError]] = {facts.label: kind for kind, facts in FACTS.items()}

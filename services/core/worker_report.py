@@ -7,11 +7,14 @@ import msgspec
 from services.core.block_hash import Compatibility
 
 Role = Literal["prefill", "decode", "both"]
-State = Literal["ready", "draining"]
+Part = Literal["prefill", "decode"]  # of a request: what a role lets a worker do
+# ready: takes work. stalled: its engine is overdue, may come back. draining: about to stop.
+State = Literal["ready", "stalled", "draining"]
 
 
 class WorkerKey(NamedTuple):
-    """One incarnation of a worker. The epoch is a random 64-bit number, new at every start."""
+    """One incarnation of a worker. The epoch is a random 64-bit number, new at every start and whenever
+    the worker has lost its lease (services/engine/incarnation.py)."""
 
     worker_id: str
     epoch: int
@@ -37,6 +40,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     decode_step_ms: float = 0.0
     prefix_hit_tokens: int = 0  # totals since start
     prompt_tokens: int = 0
+    beat: int = 0  # one more in every announcement of a process; 0: it does not count them
 
     @property
     def key(self) -> WorkerKey:
@@ -44,8 +48,12 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prefills(self) -> bool:
-        return self.role in ("prefill", "both")
+        return has_part(self.role, "prefill")
 
     @property
     def decodes(self) -> bool:
-        return self.role in ("decode", "both")
+        return has_part(self.role, "decode")
+
+
+def has_part(role: Role, part: Part) -> bool:
+    return role in (part, "both")

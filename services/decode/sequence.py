@@ -2,12 +2,13 @@
 
     submit ── Admitted ──┬─ no source (── fetch of a prefix) ─── Token* (the engine computes the rest)
                          └─ source ── receive_kv ── Start ─────── Token*
-                                         └ failed, revoked or cancelled ── Drop
+                                         └ failed, revoked, given up or cancelled ── Drop
 
 It may have several choices: one transfer, and after it tokens, a finish or a cancel of each.
 
 The blocks are written by the receiving (or fetching) task alone, and dropped only after that task has
-ended: no block is reused while KV may still land in it.
+ended: no block is reused while KV may still land in it. The gateway does not wait for that: it hears of
+a failure at once, and goes on elsewhere.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from services.core.clock import Clock
 from services.core.errors import DiptychError, EngineFailed, Overloaded, facts, from_label
-from services.engine.handle import EngineHandle, Event
+from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.messages import (
     Admitted,
     Advanced,
@@ -78,17 +79,16 @@ class DecodeSequence:
         self._on_end = on_end
         self._open = set(submit.choices)  # neither ended nor cancelled
         self._receiving: asyncio.Task[Received] | None = None
-        self._cancelled = False  # on request, so that nobody waits for a last word
-        self._revoked = False
+        self._silent = False  # the gateway hears nothing more
         self._ended = False
 
     def open(self) -> None:
-        """Raises Overloaded or EngineFailed if the engine cannot take it."""
+        """Raises Overloaded, EngineFailed or EngineStalled if the engine cannot take it."""
         self._parts.engine.submit(self._submit, self._on_event)
 
     def cancel(self) -> None:
         """End it without a word to the gateway; a running receive ends first."""
-        self._cancelled = True
+        self._silent = True
         self._stop()
 
     def cancel_choices(self, choices: Iterable[int]) -> None:
@@ -100,12 +100,24 @@ class DecodeSequence:
             else:
                 self.cancel()
 
+    def give_up(self, error: DiptychError) -> None:
+        """End it with `error`, which the gateway hears at once; a running receive ends first."""
+        self._tell(error)
+        self._stop()
+
+    def _tell(self, error: DiptychError) -> None:
+        if not self._silent and not self._ended:
+            self._silent = True
+            self._parts.on_failed(error)
+            self._emit(worker_pb2.WorkerFailure(code=facts(error).label, message=error.message))
+
     def _stop(self) -> None:
-        if self._is_receiving:
-            assert self._receiving is not None
-            self._receiving.cancel()
-        else:
+        if not self._is_receiving:
             self._end()
+            return
+        assert self._receiving is not None
+        if not self._receiving.cancelling():  # a second time would interrupt its cleaning up
+            self._receiving.cancel()
 
     @property
     def _is_receiving(self) -> bool:
@@ -118,11 +130,12 @@ class DecodeSequence:
             case Token():
                 self._token(event)
             case Refused():  # the engine does not have the sequence, or is gone itself
-                self._fail(from_label(event.code, event.message))
+                self.give_up(from_label(event.code, event.message))
+            case Stalled():
+                self.give_up(event.error)
             case Revoked():
                 if self._is_receiving:  # else Start is on its way to the engine, and wins
-                    self._revoked = True
-                    self._stop()
+                    self.give_up(Overloaded("the decode worker needed the reserved KV blocks"))
             case Advanced():
                 raise AssertionError("only a prefill sequence advances")
 
@@ -183,13 +196,12 @@ class DecodeSequence:
     def _received(self, admitted: Admitted, task: "asyncio.Task[Received]") -> None:
         """The receive has ended, one way or the other: nothing writes to the blocks any more."""
         if task.cancelled():
-            if self._revoked and not self._cancelled:
-                self._fail(Overloaded("the decode worker needed the reserved KV blocks"))
-            else:
-                self._end()
+            self._end()
         elif error := task.exception():
-            self._fail(error if isinstance(error, DiptychError) else _broken(error))
-        elif not self._ended:
+            self.give_up(error if isinstance(error, DiptychError) else _broken(error))
+        elif self._silent:  # it was done before it could be cancelled
+            self._end()
+        else:
             self._start(admitted, task.result())
 
     def _start(self, admitted: Admitted, received: Received) -> None:
@@ -210,17 +222,6 @@ class DecodeSequence:
         )
         firsts = {first.choice: first.token for first in received.firsts if first.choice in self._open}
         self._parts.engine.send(Start(self._submit.seq_id, firsts))
-
-    def _fail(self, error: DiptychError) -> None:
-        if self._ended:
-            return
-        if self._is_receiving:  # only when the engine has died under it
-            assert self._receiving is not None
-            self._receiving.cancel()
-        if not self._cancelled:
-            self._parts.on_failed(error)
-            self._emit(worker_pb2.WorkerFailure(code=facts(error).label, message=error.message))
-        self._end()
 
     def _end(self) -> None:
         """Give everything back, once."""

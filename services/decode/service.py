@@ -70,12 +70,19 @@ class Session:
         for sequence in list(self._sequences.values()):
             sequence.cancel()
 
+    def give_up(self, error: DiptychError) -> int:
+        """End all sequences with `error`; how many there were."""
+        sequences = list(self._sequences.values())
+        for sequence in sequences:
+            sequence.give_up(error)
+        return len(sequences)
+
     def _submit(self, submit: worker_pb2.DecodeSubmit) -> None:
         """Start a sequence; what is wrong with it goes back as its only event."""
         wire = submit.sequence
         seq_id = attempt_id(wire.request_id, wire.attempt)
         try:
-            self._incarnation.check(submit.epoch)
+            self._incarnation.check(submit.epoch, "decode")
             source = _source(submit)
             sequence = DecodeSequence(
                 self._bounds.submission(wire, "receive" if source else "local"),
@@ -117,6 +124,16 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._parts = parts
         self._incarnation = incarnation
         self._bounds = bounds
+        self._sessions: set[Session] = set()
+
+    def give_up(self, error: DiptychError) -> int:
+        """End all sequences of all gateways with `error`; how many there were."""
+        return sum(session.give_up(error) for session in self._sessions)
+
+    def finish(self) -> None:
+        """End each stream once its gateway has been sent everything."""
+        for session in self._sessions:
+            session.finish()
 
     async def Session(
         self,
@@ -124,6 +141,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         context: "grpc.aio.ServicerContext[worker_pb2.DecodeCommand, worker_pb2.DecodeEvents]",
     ) -> AsyncIterator[worker_pb2.DecodeEvents]:
         session = Session(self._parts, self._incarnation, self._bounds)
+        self._sessions.add(session)
         reading = asyncio.create_task(_read(request_iterator, session))
         try:
             while (events := await session.events()) is not None:
@@ -133,6 +151,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         finally:
             reading.cancel()
             session.close()
+            self._sessions.discard(session)
 
 
 async def _read(commands: AsyncIterator[worker_pb2.DecodeCommand], session: Session) -> None:

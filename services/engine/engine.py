@@ -40,6 +40,10 @@ from services.engine.step_times import StepTimes
 
 _RESERVED = (State.RECEIVING, State.REVOKED)
 _WRITTEN = (*_RESERVED, State.FETCHING)  # KV may be on its way into the blocks
+# Steps expected to take longer are announced before they run; shorter ones are no reason for a message.
+_LONG_STEP_S = 0.5
+# A step like none before, such as the first one: weights are touched for the first time, kernels compiled.
+_UNMEASURED_STEP_S = 5.0
 
 
 class Engine:
@@ -65,13 +69,15 @@ class Engine:
         self._prefix_hit_tokens = 0
         self._step: Step | None = None
         self._pinged = False
+        self._silence_s = 0.0
+        self.before_long_step: Callable[[], None] = lambda: None  # the moment to send a report
         self._clear_report()
 
     @property
     def has_report(self) -> bool:
         return bool(
             self._admitted or self._refused or self._advanced or self._tokens
-            or self._revoked or self._dropped or self._step or self._pinged
+            or self._revoked or self._dropped or self._step or self._pinged or self._silence_s
         )  # fmt: skip
 
     def handle(self, command: Command) -> None:
@@ -100,6 +106,7 @@ class Engine:
         self._collect_revoked()
         if not chunks:
             return False
+        self._announce_if_long(*_tokens(chunks))
         started_s = self._clock.now()
         sampled = self._runner.run([_row(chunk) for chunk in chunks])
         self._measure(chunks, self._clock.now() - started_s)
@@ -121,6 +128,7 @@ class Engine:
             evicted=evicted,
             gauges=self._gauges(),
             step=self._step,
+            silence_s=self._silence_s,
         )
         self._clear_report()
         return report
@@ -268,10 +276,17 @@ class Engine:
             del self._sequences[sequence.seq_id]
 
     def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        decode_tokens = sum(chunk.sequence.decoding for chunk in chunks)
-        prefill_tokens = sum(chunk.tokens for chunk in chunks) - decode_tokens
+        prefill_tokens, decode_tokens = _tokens(chunks)
         self._times.add(seconds * 1e3, prefill_tokens, decode_tokens)
         self._step = Step(seconds, prefill_tokens, decode_tokens)
+
+    def _announce_if_long(self, prefill_tokens: int, decode_tokens: int) -> None:
+        expected_ms = self._times.expected_ms(prefill_tokens, decode_tokens)
+        expected_s = _UNMEASURED_STEP_S if expected_ms is None else expected_ms / 1e3
+        if expected_s > _LONG_STEP_S:
+            self._silence_s = expected_s
+            self.before_long_step()
+            self._silence_s = 0.0
 
     # The report
 
@@ -325,6 +340,12 @@ class Engine:
             prefix_hit_tokens=self._prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,
         )
+
+
+def _tokens(chunks: list[Chunk]) -> tuple[int, int]:
+    """What a step computes: tokens of prompts, and of decoding sequences."""
+    decode_tokens = sum(chunk.sequence.decoding for chunk in chunks)
+    return sum(chunk.tokens for chunk in chunks) - decode_tokens, decode_tokens
 
 
 def _row(chunk: Chunk) -> Row:

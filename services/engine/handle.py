@@ -2,6 +2,11 @@
 
 Sequences register a listener; every event of a report goes to the listener of its sequence, on the
 event loop, in order. When the engine dies every listener gets a Refused with `engine_failed`, once.
+
+The engine reports after every step, answers a Ping between two, and says before a long step how long it
+will be silent. When it says nothing for much longer than that, it is `overdue`: every listener gets a
+Stalled and gives its sequence up, and nothing new is taken until the engine reports again. The Drops
+wait in the socket, so the engine frees everything when it goes on. If it does not, it is killed.
 """
 
 import asyncio
@@ -13,11 +18,20 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import msgspec
 
 from services.core.clock import Clock
-from services.core.errors import FACTS, BadRequest, EngineFailed, ModelFileError, Overloaded
+from services.core.errors import (
+    FACTS,
+    BadRequest,
+    DiptychError,
+    EngineFailed,
+    EngineStalled,
+    ModelFileError,
+    Overloaded,
+)
 from services.core.parent_death import dying_with_parent
 from services.engine.messages import (
     Admitted,
@@ -37,11 +51,22 @@ from services.engine.messages import (
 )
 from services.engine.pipe import LENGTH_BYTES, frame
 
-Event = Admitted | Advanced | Token | Revoked | Refused
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """The engine is overdue. It still has the sequence: the listener is to drop it."""
+
+    seq_id: str
+    error: DiptychError
+
+
+Event = Admitted | Advanced | Token | Revoked | Refused | Stalled
 Listener = Callable[[Event], None]
 _STOP_GRACE_S = 5.0
-_PING_S = 1.0
-_STALLED_STEPS = 10
+_PING_S = 0.25
+# Of the silence that the engine has announced: after so many times it is overdue, or hung.
+_OVERDUE_STEPS = 4
+_HUNG_STEPS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +81,9 @@ class EngineHandle:
         self._listeners: dict[str, Listener] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self.gauges = Gauges()
-        self._heard_s = self._clock.now()
+        self._silent_s = 0.0  # since the last report
+        self._silence_s = 0.0  # that it announced
+        self.overdue = False
         self.failed = asyncio.Event()  # the engine process has ended unasked
         self.idle = asyncio.Event()  # no sequence is open
         self.idle.set()
@@ -67,7 +94,6 @@ class EngineHandle:
         pool_fd = os.memfd_create("diptych-kv")  # anonymous: no name to leak, no /dev/shm size limit
         os.ftruncate(pool_fd, setup.geometry.shared_bytes)
         self.pool = memoryview(mmap.mmap(pool_fd, setup.geometry.shared_bytes))
-        self._chunk_tokens_max = setup.limits.chunk_tokens_max
         fds = (theirs.fileno(), pool_fd)
         command = [sys.executable, "-m", "services.engine.process", *map(str, fds)]
         self._process = await asyncio.create_subprocess_exec(
@@ -86,9 +112,11 @@ class EngineHandle:
 
     def submit(self, submit: Submit | Lend, listener: Listener) -> None:
         """Hand a sequence to the engine. Raises Overloaded beyond the bound, EngineFailed if it is gone,
-        BadRequest if the sequence is here already."""
+        EngineStalled while it is overdue, BadRequest if the sequence is here already."""
         if self.failed.is_set():
             raise EngineFailed("the worker's engine has died")
+        if self.overdue:
+            raise _stalled()
         if submit.seq_id in self._listeners:
             raise BadRequest(f"attempt {submit.seq_id} is running already", "attempt")
         if len(self._listeners) >= self._sequences_max:
@@ -109,29 +137,37 @@ class EngineHandle:
         """The engine has finished the sequence by itself: there is nothing to drop."""
         self._close(seq_id)
 
-    async def watch(self, stalled_s: float) -> None:
-        """Kill an engine that has sequences and says nothing for `stalled_s` and ten of its longest steps:
-        one that hangs would hold them for ever. Its end is then noticed like any other."""
-        while True:
-            await self._clock.sleep(min(stalled_s / 4, _PING_S))
-            if self.idle.is_set():
-                self._heard_s = self._clock.now()
-                continue
+    async def watch(self, overdue_s: float, hung_s: float, on_overdue: Callable[[bool], None]) -> None:
+        """Find an engine that says nothing for `overdue_s` and four times what it announced, and kill it
+        after `hung_s` and ten times that: its end is then noticed like any other. `on_overdue` is told
+        when the engine becomes overdue (True) and when it is back (False)."""
+        tick_s = min(_PING_S, overdue_s / 4)
+        while not self.failed.is_set():
             self.send(Ping())
-            silent_s = self._clock.now() - self._heard_s
-            if silent_s > max(stalled_s, _STALLED_STEPS * self._longest_step_s(stalled_s)):
-                logger.error("the engine has said nothing for %.1f s and is killed", silent_s)
+            asked_s = self._clock.now()
+            await self._clock.sleep(tick_s)
+            # A tick that takes longer tells of this process, which stood still itself, not of the engine.
+            self._silent_s += min(self._clock.now() - asked_s, 2 * tick_s)
+            if self._silent_s > max(hung_s, _HUNG_STEPS * self._silence_s):
+                logger.error("the engine has said nothing for %.1f s and is killed", self._silent_s)
                 self.kill()
                 return
+            overdue = self._silent_s > max(overdue_s, _OVERDUE_STEPS * self._silence_s)
+            if overdue != self.overdue:
+                self._become(overdue)
+                on_overdue(overdue)
 
     def kill(self) -> None:
         self._process.kill()
 
-    def _longest_step_s(self, unmeasured_s: float) -> float:
-        """A full chunk beside decoding sequences; `unmeasured_s` before the first prompt was computed."""
-        if self.gauges.prefill_ms_per_token == 0.0:
-            return unmeasured_s
-        return (self.gauges.decode_step_ms + self._chunk_tokens_max * self.gauges.prefill_ms_per_token) / 1e3
+    def _become(self, overdue: bool) -> None:
+        self.overdue = overdue
+        if not overdue:
+            logger.warning("the engine is back")
+            return
+        logger.error("the engine has said nothing for %.1f s and is overdue", self._silent_s)
+        for seq_id, listener in list(self._listeners.items()):
+            listener(Stalled(seq_id, _stalled()))
 
     async def stop(self) -> None:
         """End the process: at once if idle, else after the running step."""
@@ -182,7 +218,7 @@ class EngineHandle:
             listener(Refused(seq_id, label, "the worker's engine has died"))
 
     def _dispatch(self, report: Report) -> None:
-        self._heard_s = self._clock.now()
+        self._silent_s, self._silence_s = 0.0, report.silence_s
         self.gauges = report.gauges
         events: list[Event] = [*report.admitted, *report.advanced, *report.tokens]
         for event in (*events, *report.revoked, *report.refused):
@@ -191,6 +227,10 @@ class EngineHandle:
                     self._close(event.seq_id)
                 listener(event)
         self._on_report(report)
+
+
+def _stalled() -> EngineStalled:
+    return EngineStalled("the worker's engine is overdue")
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -186,3 +186,4 @@ class Report(msgspec.Struct, frozen=True):
     evicted: list[bytes] = []  # and those that no longer are
     gauges: Gauges = Gauges()
     step: Step | None = None
+    silence_s: float = 0.0  # the engine will say nothing for about so long: a long step follows

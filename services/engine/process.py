@@ -45,6 +45,12 @@ def serve(engine: Engine, pipe: EnginePipe) -> None:
     """Run turns until the I/O process closes the pipe."""
     decoder = msgspec.msgpack.Decoder(Command)
     encoder = msgspec.msgpack.Encoder()
+
+    def report() -> None:
+        if engine.has_report:
+            pipe.send(encoder.encode(engine.take_report()))
+
+    engine.before_long_step = report
     progressed = False
     checked_s = time.monotonic()
     while True:
@@ -57,11 +63,9 @@ def serve(engine: Engine, pipe: EnginePipe) -> None:
             return
         for message in messages:
             engine.handle(decoder.decode(message))
-        if engine.has_report:  # a reservation must not wait for the step that follows
-            pipe.send(encoder.encode(engine.take_report()))
+        report()  # a reservation must not wait for the step that follows
         progressed = engine.step()
-        if engine.has_report:
-            pipe.send(encoder.encode(engine.take_report()))
+        report()
 
 
 def _build(setup: EngineSetup, pool: memoryview) -> Engine:

@@ -18,7 +18,16 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 from services.core.clock import Clock
-from services.core.errors import DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost, facts
+from services.core.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    Draining,
+    NoWorker,
+    Overloaded,
+    RoleChanged,
+    WorkerLost,
+    facts,
+)
 from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.generation import AttemptFailed, Event, Excluded, Generation, Routed
@@ -33,12 +42,15 @@ logger = logging.getLogger(__name__)
 # failed; then it has recovered, or has lost its lease if it is dead. A cluster that has no other worker
 # must be able to use it again.
 EXCLUSION_S = 3.0
+# One that sends work away because it drains or has another role says so in its report by then.
+SENT_AWAY_S = 0.5
 PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 0.2  # between two looks for capacity
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    attempts_max: int = 4
+    attempts_max: int = 4  # that fail without a token between them; a long stream may survive more faults
+    attempts_total_max: int = 16  # that fail at all, so that no request goes round for ever
     admission_timeout_s: float = 120.0  # how long to wait for room without any progress
     no_worker_timeout_s: float = 15.0  # the same while no worker is there at all
 
@@ -51,7 +63,8 @@ class Patience:
     ) -> None:
         self._policy, self._line, self._deadline = policy, line, deadline
         self._clock, self._rng = clock, rng
-        self._failures = 0
+        self._failures = 0  # since the last token
+        self._failures_total = 0
         self._waiting_since: float | None = None
         self._workerless_since: float | None = None
         self._excluded_until: dict[Excluded, float] = {}
@@ -70,12 +83,13 @@ class Patience:
 
     def note(self, event: Event) -> None:
         """Any word from a worker means that it has room: the next in the line may go. Only a token is
-        progress, after which waiting for capacity, should it be needed again, starts anew."""
+        progress, after which the counts of failures and of waiting for capacity start anew."""
         if not isinstance(event, Routed):
             self._line.leave(self)
             self._workerless_since = None
         if isinstance(event, OutputToken):
             self._waiting_since = None
+            self._failures = 0
 
     def end(self) -> None:
         """The request is over."""
@@ -94,11 +108,17 @@ class Patience:
         if lacks_capacity(failed.error):
             self._wait_for_capacity(failed.error)
             return
-        self._failures += 1
-        if self._failures >= self._policy.attempts_max:
+        self._failures_total += 1
+        if not is_sent_away(failed.error):
+            self._failures += 1
+        if (
+            self._failures >= self._policy.attempts_max
+            or self._failures_total >= self._policy.attempts_total_max
+        ):
             raise failed.error
         if failed.to_avoid is not None:
-            self._excluded_until[failed.to_avoid] = self._clock.now() + EXCLUSION_S
+            avoided_s = SENT_AWAY_S if is_sent_away(failed.error) else EXCLUSION_S
+            self._excluded_until[failed.to_avoid] = self._clock.now() + avoided_s
 
     async def pause(self, failed: AttemptFailed) -> None:
         """Wait before looking for capacity again; after other failures there is nothing to wait for."""
@@ -135,6 +155,11 @@ class Patience:
 
 def lacks_capacity(error: DiptychError) -> bool:
     return isinstance(error, Overloaded | NoWorker)
+
+
+def is_sent_away(error: DiptychError) -> bool:
+    """Nothing has failed: the worker wants the work to be done elsewhere."""
+    return isinstance(error, Draining | RoleChanged)
 
 
 class Attempts:
@@ -190,6 +215,7 @@ def _note(sequence: Sequence, failed: AttemptFailed, view: ClusterView) -> None:
     worker_id = failed.culprit.worker_id if failed.culprit else None
     if isinstance(failed.error, WorkerLost) and failed.culprit is not None:
         view.suspect(failed.culprit.key)
-    level = logging.DEBUG if lacks_capacity(failed.error) else logging.WARNING
+    expected = lacks_capacity(failed.error) or is_sent_away(failed.error)
+    level = logging.DEBUG if expected else logging.WARNING
     context = {"request_id": sequence.request_id, "worker_id": worker_id}
     logger.log(level, "attempt %d failed: %s", sequence.attempt, failed.error.message, extra=context)

@@ -3,6 +3,9 @@
 Membership is polled into a snapshot. Redis may be away or may have lost everything; workers renew
 their reports every 250 ms, so one that is missing for less than LEASE_GRACE_S is still taken to be
 there, and no time counts while Redis does not answer.
+
+A worker that was stopped is listed until its lease ends. It gets no new work as soon as its reports
+stop changing (SILENT_S), or a connection to it has broken, until it is heard of again.
 """
 
 import logging
@@ -26,8 +29,12 @@ from services.membership.protocol import Membership
 logger = logging.getLogger(__name__)
 
 LEASE_GRACE_S = 2.0
-# A worker that was just lost is not offered for this long: its lease may still have time to run.
-SUSPICION_S = 1.0
+# A worker that was just lost is not offered for this long: its lease may still have time to run. One whose
+# report changes HEARD_AGAIN_S later still lives, only the connection to it had broken.
+SUSPICION_S = 3.0
+HEARD_AGAIN_S = 0.5
+# Of reports that did not change: several of the worker's periods, and more than a timeout of Redis.
+SILENT_S = 1.25
 # A request that waits for room asks where its prefix is cached many times a second, always with the
 # same tokens: the hashes of so many prompts are kept.
 CHAINS_KEPT = 256
@@ -47,7 +54,9 @@ class ClusterView:
         self._served_model = served_model
         self._reports: dict[str, WorkerReport] = {}
         self._listed_at: dict[str, float] = {}
-        self._suspected_until: dict[WorkerKey, float] = {}
+        self._looked_at = clock.now()  # at the last list of workers
+        self._heard_at: dict[str, float] = {}  # when a worker's report last changed
+        self._suspected_at: dict[WorkerKey, float] = {}
         self._store_answers = True
         self._other_models: dict[str, str] = {}  # by id of a worker that is left out for its model
         self._chain_hashes = lru_cache(CHAINS_KEPT)(_chain_hashes)
@@ -64,15 +73,22 @@ class ClusterView:
         listed = await self._list_workers()
         if listed is None:
             return
-        now = self._clock.now()
+        now = self._looked_at = self._clock.now()
         for report in listed:
-            self._reports[report.worker_id] = report
-            self._listed_at[report.worker_id] = now
+            self._take(report, now)
         for worker_id in [w for w, at in self._listed_at.items() if now - at > LEASE_GRACE_S]:
-            del self._reports[worker_id], self._listed_at[worker_id]
+            del self._reports[worker_id], self._listed_at[worker_id], self._heard_at[worker_id]
             logger.warning("worker left the cluster", extra={"worker_id": worker_id})
-        self._suspected_until = {key: end for key, end in self._suspected_until.items() if end > now}
+        self._suspected_at = {key: at for key, at in self._suspected_at.items() if now - at < SUSPICION_S}
         await self._workers.keep_only(self._reports.values())
+
+    def _take(self, report: WorkerReport, now: float) -> None:
+        before = self._reports.get(report.worker_id)
+        counts_beats = report.beat > 0
+        if before is None or before.beat != report.beat or not counts_beats:
+            self._heard_at[report.worker_id] = now
+        self._reports[report.worker_id] = report
+        self._listed_at[report.worker_id] = now
 
     async def _list_workers(self) -> list[WorkerReport] | None:
         try:
@@ -86,6 +102,7 @@ class ClusterView:
             logger.info("membership answers again")
             self._store_answers = True
             self._listed_at = dict.fromkeys(self._listed_at, self._clock.now())
+            self._heard_at = dict(self._listed_at)
         self._warn_of_other_models(listed)
         return [report for report in listed if report.served_model == self._served_model]
 
@@ -119,7 +136,7 @@ class ClusterView:
 
     def suspect(self, worker: WorkerKey) -> None:
         """Do not offer this incarnation for a moment: a connection to it has just broken."""
-        self._suspected_until[worker] = self._clock.now() + SUSPICION_S
+        self._suspected_at[worker] = self._clock.now()
 
     def worker_views(self) -> list[WorkerView]:
         """For the router: reports with our unreported work added."""
@@ -129,13 +146,13 @@ class ClusterView:
         ]
 
     def _view(self, report: WorkerReport) -> WorkerView:
-        suspected = self._suspected_until.get(report.key, 0.0) > self._clock.now()
+        doubtful = self._is_doubtful(report)
         return WorkerView(
             id=report.worker_id,
             prefills=report.prefills,
             decodes=report.decodes,
-            ready=report.state == "ready" and not suspected,
-            lends=not suspected,
+            ready=report.state == "ready" and not doubtful,
+            lends=report.state != "stalled" and not doubtful,
             compatibility=msgspec.json.encode(report.compatibility.transferable).decode(),
             queued_prefill_tokens=report.queued_prefill_tokens,
             running=report.running,
@@ -145,6 +162,16 @@ class ClusterView:
             prefill_ms_per_token=report.prefill_ms_per_token,
             decode_step_ms=report.decode_step_ms,
         )
+
+    def _is_doubtful(self, report: WorkerReport) -> bool:
+        """Whether the worker may be stopped or dead although it is listed."""
+        heard_at = self._heard_at[report.worker_id]
+        if self._looked_at - heard_at > SILENT_S:
+            return True
+        suspected_at = self._suspected_at.get(report.key)
+        if suspected_at is None:
+            return False
+        return self._clock.now() - suspected_at < SUSPICION_S and heard_at < suspected_at + HEARD_AGAIN_S
 
     async def locate(self, token_ids: Sequence[int], salt: str) -> dict[str, int]:
         """For each worker how many leading tokens of `token_ids` its cache holds. Empty without Redis."""

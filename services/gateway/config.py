@@ -36,7 +36,11 @@ class GatewayConfig:
         default=15.0, metadata={"help": "how long a request may wait when no worker is alive at all"}
     )
     attempts_max: int = field(
-        default=4, metadata={"help": "attempts per request; waiting for room is not counted"}
+        default=4,
+        metadata={"help": "attempts of a request that may fail in a row; waiting for room is not counted"},
+    )
+    attempts_total_max: int = field(
+        default=16, metadata={"help": "the same over the whole request, tokens between them or not"}
     )
     choices_max: int = field(
         default=128, metadata={"help": "the largest n: answers to one prompt", "range": (1, 128)}
@@ -44,6 +48,13 @@ class GatewayConfig:
     body_bytes_max: int = field(default=8 << 20, metadata={"help": "larger request bodies get 413"})
     membership_poll_s: float = field(
         default=0.1, metadata={"help": "how often to read which workers there are"}
+    )
+    drain_delay_s: float = field(
+        default=0.0,
+        metadata={
+            "help": "how long to go on accepting requests after SIGTERM, with /health/ready at 503, so that "
+            "load balancers notice (behind Kubernetes: 5)"
+        },
     )
     drain_grace_s: float = field(
         default=10.0, metadata={"help": "how long running answers may finish after SIGTERM"}

@@ -50,9 +50,13 @@ class Gateway:
         options = RouteOptions(split=config.route_split, fetch=config.prefix_fetch)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
         self._line = WaitingLine(clock)
+        self.metrics.ready.set_function(lambda: self.ready)
         self.metrics.waiting.set_function(lambda: len(self._line))
         self._retry_policy = RetryPolicy(
-            config.attempts_max, config.admission_timeout_s, config.no_worker_timeout_s
+            config.attempts_max,
+            config.attempts_total_max,
+            config.admission_timeout_s,
+            config.no_worker_timeout_s,
         )
 
     @property

@@ -77,13 +77,19 @@ async def _serve(gateway: Gateway, listener: socket.socket) -> None:
 
 
 def _drain_on_signals(gateway: Gateway, server: Server) -> None:
-    """The first signal drains, the second one ends at once."""
+    """The first signal drains: unready at once, closed to new requests after the delay. The second one
+    ends at once."""
+    loop = asyncio.get_running_loop()
+
+    def close() -> None:
+        server.should_exit = True
 
     def stop() -> None:
-        server.force_exit = gateway.draining
-        gateway.draining = server.should_exit = True
+        if gateway.draining:
+            server.force_exit = server.should_exit = True
+        gateway.draining = True
+        loop.call_later(gateway.config.drain_delay_s, close)
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
 

@@ -44,6 +44,9 @@ class GatewayMetrics:
         self.cached_tokens = self._counter("cached_tokens", "Prompt tokens found in a prefix cache")
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated for clients")
         self.inflight = Gauge("diptych_gateway_inflight", "Requests now in the gateway", registry=registry)
+        self.ready = Gauge(
+            "diptych_gateway_ready", "1 while new requests should come here", registry=registry
+        )
         self.waiting = Gauge(
             "diptych_gateway_waiting", "Requests that found no room and wait for it", registry=registry
         )

@@ -164,7 +164,7 @@ class _Source:
             self._leases,
             memory,
             compatibility(setup.geometry),
-            _EPOCH,
+            lambda epoch: epoch == _EPOCH,
             clock,
             _PULL_WAIT_S,
             lend_cached=lambda lease, token_ids, salt: None,

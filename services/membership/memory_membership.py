@@ -7,10 +7,11 @@ One object stands for the shared store; workers and gateways of a simulated clus
 from services.core.clock import Clock
 from services.core.errors import StoreUnavailable
 from services.core.worker_report import WorkerKey, WorkerReport
+from services.membership.protocol import LEASE_S
 
 
 class MemoryMembership:
-    def __init__(self, clock: Clock, *, ttl_s: float = 2.0) -> None:
+    def __init__(self, clock: Clock, *, ttl_s: float = LEASE_S) -> None:
         self.available = True  # False: every call raises StoreUnavailable
         self._clock = clock
         self._ttl_s = ttl_s

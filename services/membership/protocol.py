@@ -4,6 +4,8 @@ from typing import Protocol
 
 from services.core.worker_report import WorkerKey, WorkerReport
 
+LEASE_S = 2.0  # eight times the period of announcements
+
 
 class Membership(Protocol):
     async def announce(self, report: WorkerReport) -> None:

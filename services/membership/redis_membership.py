@@ -14,6 +14,7 @@ import msgspec
 from redis.asyncio.client import Pipeline
 
 from services.core.worker_report import WorkerKey, WorkerReport
+from services.membership.protocol import LEASE_S
 from services.store.connection import StoreConnection
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class RedisMembership:
     """`url` as in StoreConnection. Clusters that share one Redis take different namespaces."""
 
     def __init__(
-        self, url: str, *, ttl_s: float = 2.0, timeout_s: float = 1.0, namespace: str = "diptych"
+        self, url: str, *, ttl_s: float = LEASE_S, timeout_s: float = 1.0, namespace: str = "diptych"
     ) -> None:
         self._store = StoreConnection(url, timeout_s)
         self._ttl_ms = round(ttl_s * 1000)

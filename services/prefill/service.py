@@ -12,7 +12,7 @@ import grpc.aio
 
 from services.core.clock import Clock
 from services.core.errors import BadRequest, DiptychError, KvSourceLost, PullerLost, from_label
-from services.engine.handle import EngineHandle, Event
+from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.incarnation import Incarnation
 from services.engine.messages import Admitted, Advanced, Refused, Revoked, Submit, Token
 from services.engine.submission import SequenceBounds
@@ -58,7 +58,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             await abort(context, error)
 
     async def _run(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
-        self._incarnation.check(request.epoch)
+        self._incarnation.check(request.epoch, "prefill")
         submit = self._bounds.submission(request.sequence, "prefill")
         if self._leases.knows(submit.seq_id):
             raise BadRequest(f"attempt {submit.seq_id} is running already", "attempt")
@@ -120,5 +120,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 lease.finished(first, self._clock.now())
             case Refused():
                 self._leases.fail(lease, from_label(event.code, event.message))
+            case Stalled():
+                if not lease.complete:  # else its reader does not need the engine
+                    self._leases.fail(lease, event.error)
             case Revoked():
                 raise AssertionError("a prefill sequence cannot be revoked")

@@ -9,7 +9,16 @@ import google_crc32c
 import grpc.aio
 
 from services.core.block_hash import Compatibility
-from services.core.errors import DiptychError, KvCorrupt, KvLinkLost, KvSourceLost, WorkerLost
+from services.core.errors import (
+    DiptychError,
+    Draining,
+    EngineFailed,
+    EngineStalled,
+    KvCorrupt,
+    KvLinkLost,
+    KvSourceLost,
+    WorkerLost,
+)
 from services.transfer.destination import Destination
 from services.transfer.inline import place_inline
 from services.transfer.nixl_reach import Reach
@@ -224,4 +233,6 @@ def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError
     if not carries_error(error):
         return KvLinkLost(from_rpc_error(error, source.worker_id).message)
     known = from_rpc_error(error, source.worker_id)
-    return KvSourceLost(known.message) if isinstance(known, WorkerLost) else known
+    # Its own troubles, which must not pass for those of the worker that reports them.
+    lost = isinstance(known, WorkerLost | EngineFailed | EngineStalled | Draining)
+    return KvSourceLost(known.message) if lost else known

@@ -216,6 +216,21 @@ class LeaseTable:
         if lease.transfer_id in self._leases:
             self._end(lease, "failed")
 
+    def fail_all(self, error: DiptychError) -> None:
+        """Fail every lease, and every pull that waits for one."""
+        for lease in list(self._leases.values()):
+            self.fail(lease, error)
+        for waiter in [waiter for waiters in self._parked.values() for waiter in waiters]:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    def fail_unfinished(self, error: DiptychError) -> int:
+        """Fail the leases whose prefill still runs; how many. Computed KV stays for its readers."""
+        unfinished = [lease for lease in self._leases.values() if not lease.complete]
+        for lease in unfinished:
+            self.fail(lease, error)
+        return len(unfinished)
+
     def expire_due(self) -> None:
         for lease in [lease for lease in self._leases.values() if self._is_due(lease)]:
             self._end(lease, "expired")

@@ -23,19 +23,20 @@ class KvServer:
         leases: LeaseTable,
         memory: PoolMemory,
         compatibility: Compatibility,
-        epoch: int,
+        is_current: Callable[[int], bool],
         clock: Clock,
         pull_wait_s: float,
         lend_cached: Callable[[Lease, Sequence[int], str], None],
         on_sent: Callable[[int], None] = lambda sent_bytes: None,
         nixl: NixlOffer | None = None,
     ) -> None:
-        """`lend_cached(lease, token_ids, salt)` has the engine keep what it has cached of the tokens: the
-        lease is `lent` or fails before long. It may raise Overloaded or EngineFailed."""
+        """`is_current` tells whether an epoch is that of this worker now. `lend_cached(lease, token_ids,
+        salt)` has the engine keep what it has cached of the tokens: the lease is `lent` or fails before
+        long. It may raise Overloaded, EngineFailed or EngineStalled."""
         self._leases = leases
         self._memory = memory
         self._compatibility = compatibility
-        self._epoch = epoch
+        self._is_current = is_current
         self._clock = clock
         self._pull_wait_s = pull_wait_s
         self._lend_cached = lend_cached
@@ -86,10 +87,10 @@ class KvServer:
         return lease.tokens
 
     def release(self, transfer_id: str, epoch: int) -> bool:
-        return epoch == self._epoch and self._leases.release(transfer_id)
+        return self._is_current(epoch) and self._leases.release(transfer_id)
 
     def _check(self, epoch: int, theirs: Compatibility) -> None:
-        if epoch != self._epoch:
+        if not self._is_current(epoch):
             raise KvSourceLost("the source has restarted since the request was routed")
         if differences := self._compatibility.differences(theirs):
             raise Incompatible("source and reader differ in " + "; ".join(differences))

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 
+import msgspec
+
 from services.core.clock import Clock
 from services.core.errors import StoreUnavailable
-from services.core.worker_report import WorkerKey, WorkerReport
+from services.core.worker_report import WorkerReport
 from services.membership.protocol import Membership
 
 PERIOD_S = 0.25
@@ -17,16 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class Announcer:
-    def __init__(
-        self, membership: Membership, worker: WorkerKey, report: Callable[[], WorkerReport], clock: Clock
-    ) -> None:
+    def __init__(self, membership: Membership, report: Callable[[], WorkerReport], clock: Clock) -> None:
         self._membership = membership
-        self._worker = worker
         self._report = report
         self._clock = clock
         self._changed = asyncio.Event()
         self._away = False
-        self.turned_at_s = clock.now()  # the event loop was alive then
+        self._beat = 0
 
     def changed(self) -> None:
         self._changed.set()
@@ -38,11 +37,11 @@ class Announcer:
             await self._announce()
             await self._clock.sleep(_PERIOD_MIN_S)
             await self._wait_for_change()
-            self.turned_at_s = self._clock.now()
 
     async def _announce(self) -> None:
         try:
-            await self._membership.announce(self._report())
+            self._beat += 1
+            await self._membership.announce(msgspec.structs.replace(self._report(), beat=self._beat))
         except StoreUnavailable as error:
             if not self._away:
                 logger.warning("membership is away, announcing again when it is back: %s", error)
@@ -60,6 +59,6 @@ class Announcer:
     async def leave(self) -> None:
         """After `run`: nobody shall wait for the lease to expire."""
         try:
-            await self._membership.leave(self._worker)
+            await self._membership.leave(self._report().key)
         except StoreUnavailable:
             logger.warning("membership is away: this worker's lease will expire by itself")

@@ -53,9 +53,16 @@ class WorkerConfig:
     pull_wait_s: float = field(
         default=5.0, metadata={"help": "how long prefill and pull wait for each other"}
     )
+    step_overdue_s: float = field(
+        default=2.5,
+        metadata={
+            "help": "an engine silent for so long (and four times what it expected) gets no work until it is "
+            "back; its sequences go on elsewhere"
+        },
+    )
     step_stalled_s: float = field(
         default=20.0,
-        metadata={"help": "an engine silent for so long (and for ten of its steps) is hung, and is ended"},
+        metadata={"help": "an engine silent for so long (and ten times what it expected) is ended"},
     )
     transports: str = field(
         default="nixl,grpc",
@@ -63,4 +70,8 @@ class WorkerConfig:
     )
     drain_grace_s: float = field(
         default=10.0, metadata={"help": "how long running sequences may finish after SIGTERM"}
+    )
+    drain_handover_s: float = field(
+        default=2.0,
+        metadata={"help": "how long before the end of that time they are handed over to other workers"},
     )

@@ -1,6 +1,10 @@
-"""The gRPC server of a worker, with the services that its role turns on."""
+"""The gRPC server of a worker. All services are always there: which new work they take is decided by the
+worker's role of the moment (services/engine/incarnation.py)."""
+
+from collections.abc import Callable
 
 from services.core.clock import Clock
+from services.core.errors import DiptychError, Draining
 from services.decode.sequence import DecodeParts
 from services.decode.service import DecodeService
 from services.engine.handle import EngineHandle
@@ -16,10 +20,13 @@ from services.transfer.server import KvServer
 from services.wire.channel import Network, listen
 from services.wire.generated import transfer_pb2_grpc, worker_pb2_grpc
 from services.worker.config import WorkerConfig
+from services.worker.control import ControlService
 from services.worker.identity import WorkerIdentity
 from services.worker.lender import Lender
 from services.worker.metrics import WorkerMetrics
 from services.worker.transports import open_transports, parse_transports
+
+_LAST_WORDS_S = 0.5  # for errors that are on their way when the server stops
 
 
 class WorkerServer:
@@ -32,6 +39,7 @@ class WorkerServer:
         metrics: WorkerMetrics,
         clock: Clock,
         network: Network,
+        on_role: Callable[[], None],
     ) -> None:
         self._config = config
         self._identity = identity
@@ -44,6 +52,7 @@ class WorkerServer:
         self._network = network
         self._server = network.new_server()
         self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended, self._memory.generation)
+        self._on_role = on_role
         metrics.watch("diptych_worker_leases", "Open KV leases", lambda: self.leases.open_leases)
 
     @property
@@ -65,16 +74,28 @@ class WorkerServer:
             self._transports.reading, self._memory, self._clock, self._fetch_observer()
         )
         self._add_kv()
-        if self._config.role in ("prefill", "both"):
-            self._add_prefill()
-        if self._config.role in ("decode", "both"):
-            self._add_decode()
+        self._add_prefill()
+        self._decode = self._add_decode()
+        control = ControlService(self._incarnation, self._on_role)
+        worker_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         self._port = listen(self._server, self._config.host, self._config.port)
         await self._server.start()
 
+    def hand_over(self) -> int:
+        """Have what still runs go on elsewhere; how many sequences. Computed KV stays for its readers."""
+        error = Draining("the worker hands its work over: it is about to stop")
+        return self._decode.give_up(error) + self.leases.fail_unfinished(error)
+
+    def begin_anew(self, error: DiptychError) -> None:
+        """The worker is another incarnation now: nothing of the last one goes on."""
+        self._decode.give_up(error)
+        self.leases.fail_all(error)
+
     async def stop(self) -> None:
-        """Cut what still runs: draining is over."""
-        await self._server.stop(grace=0)
+        """End what still runs, as to be done elsewhere: draining is over."""
+        self.hand_over()
+        self._decode.finish()
+        await self._server.stop(_LAST_WORDS_S)
         await self._transports.close()
 
     def _add_prefill(self) -> None:
@@ -96,7 +117,7 @@ class WorkerServer:
             self.leases,
             self._memory,
             self._identity.compatibility,
-            self._identity.key.epoch,
+            self._incarnation.is_current,
             self._clock,
             self._config.pull_wait_s,
             Lender(self._engine, self.leases, self._clock).lend,
@@ -105,7 +126,7 @@ class WorkerServer:
         )
         transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(kv), self._server)
 
-    def _add_decode(self) -> None:
+    def _add_decode(self) -> DecodeService:
         parts = DecodeParts(
             self._engine,
             self._transports.reading,
@@ -118,6 +139,7 @@ class WorkerServer:
         )
         service = DecodeService(parts, self._incarnation, self._bounds)
         worker_pb2_grpc.add_DecodeServicer_to_server(service, self._server)
+        return service
 
     def _lease_ended(self, transfer_id: str, how: LeaseEnd) -> None:
         """The only way leased blocks come back to the engine."""

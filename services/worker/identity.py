@@ -8,6 +8,7 @@ from pathlib import Path
 from services.core.block_hash import Compatibility
 from services.core.errors import ConfigError
 from services.core.worker_report import WorkerKey
+from services.engine.incarnation import random_epoch
 from services.model.files import ModelFiles, open_model
 from services.model.pool_geometry import PoolGeometry
 from services.model.pull import ensure_default_model
@@ -35,7 +36,7 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
     geometry = _pool_geometry(config, files)
     served_model = config.served_model_name or files.name
     return WorkerIdentity(
-        key=WorkerKey(config.worker_id or f"{config.role}-{secrets.token_hex(3)}", secrets.randbits(63)),
+        key=WorkerKey(config.worker_id or f"{config.role}-{secrets.token_hex(3)}", random_epoch()),
         files=files,
         served_model=served_model,
         geometry=geometry,
@@ -72,6 +73,7 @@ def _check(config: WorkerConfig) -> None:
         "waiting_max",
         "chunk_tokens_max",
         "step_ms_target",
+        "step_overdue_s",
         "step_stalled_s",
         "lease_ttl_s",
         "pull_wait_s",

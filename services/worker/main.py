@@ -7,22 +7,21 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
 from services.core.child_tasks import ChildTasks
 from services.core.clock import Clock, SystemClock
-from services.core.errors import EngineFailed
+from services.core.errors import EngineFailed, StoreUnavailable, WorkerLost
 from services.core.log import setup_logging
-from services.core.worker_report import WorkerReport
+from services.core.worker_report import State, WorkerReport
 from services.engine.handle import EngineHandle
-from services.engine.incarnation import Incarnation
+from services.engine.incarnation import BEAT_S, Incarnation, random_epoch
 from services.engine.messages import EngineSetup, Limits, Report
 from services.index.protocol import PrefixIndex
 from services.index.redis_index import RedisPrefixIndex
-from services.membership.protocol import Membership
+from services.membership.protocol import LEASE_S, Membership
 from services.membership.redis_membership import RedisMembership
 from services.wire.channel import TCP, Network
 from services.worker.announcer import Announcer
@@ -34,6 +33,7 @@ from services.worker.metrics import WorkerMetrics
 from services.worker.publisher import IndexPublisher
 
 _LIVE_S = 10.0  # an event loop that has not turned for this long is stuck
+_NOTICED_S = 0.4  # then all gateways know that this worker drains; they look every 100 ms
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run(config: WorkerConfig) -> None:
 
 async def _serve(config: WorkerConfig, identity: WorkerIdentity) -> None:
     index, membership = RedisPrefixIndex(config.redis), RedisMembership(config.redis)
-    await Worker(config, identity, Surroundings(index, membership)).serve(_stop_event())
+    await Worker(config, identity, Surroundings(index, membership)).serve(*_stop_events())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class Surroundings:
     clock: Clock = field(default_factory=SystemClock)
     new_engine: Callable[[int, Callable[[Report], None], Clock], EngineHandle] = EngineHandle
     new_status_server: Callable[[str, int, CollectorRegistry, dict[str, Check]], StatusServer] = StatusServer
+    new_epoch: Callable[[], int] = random_epoch
 
 
 class Worker:
@@ -68,16 +69,23 @@ class Worker:
         self._identity = identity
         self._surroundings = surroundings
         self._clock = clock = surroundings.clock
-        self._incarnation = Incarnation(identity.key)
+        self._incarnation = Incarnation(identity.key, config.role, clock, LEASE_S, surroundings.new_epoch)
         self._metrics = WorkerMetrics()
+        self._metrics.watch_state(lambda: self.state)
         sequences_max = config.sequences_max + config.waiting_max
         self._engine = surroundings.new_engine(sequences_max, self._on_report, clock)
         self._index, self._membership = surroundings.index, surroundings.membership
-        self._publisher = IndexPublisher(self._index, identity.key, clock)
-        self._announcer = Announcer(self._membership, identity.key, self._report, clock)
+        self._publisher = IndexPublisher(self._index, self._incarnation, clock)
+        self._announcer = Announcer(self._membership, self._report, clock)
 
-    async def serve(self, stop: asyncio.Event) -> None:
-        """The whole life of the process, which `stop` asks to drain."""
+    @property
+    def state(self) -> State:
+        if self._incarnation.draining:
+            return "draining"
+        return "stalled" if self._engine.overdue else "ready"
+
+    async def serve(self, stop: asyncio.Event, at_once: asyncio.Event | None = None) -> None:
+        """The whole life of the process: `stop` asks it to drain, `at_once` ends the draining."""
         await self._engine.start(self._engine_setup())
         self._server = WorkerServer(
             self._config,
@@ -87,6 +95,7 @@ class Worker:
             self._metrics,
             self._clock,
             self._surroundings.network,
+            on_role=self._announcer.changed,
         )
         await self._server.start()
         self._status = self._surroundings.new_status_server(
@@ -96,19 +105,22 @@ class Worker:
             {"/health/live": self._is_live, "/health": self._is_live, "/health/ready": self._is_ready},
         )
         try:
-            await self._work(stop)
+            await self._work(stop, at_once or asyncio.Event())
         finally:
             await self._close()
 
-    async def _work(self, stop: asyncio.Event) -> None:
+    async def _work(self, stop: asyncio.Event, at_once: asyncio.Event) -> None:
         """Serve until asked to stop, then drain. Raises EngineFailed if the engine dies."""
+        self._incarnation.begin()
         async with ChildTasks() as tasks:
             background = [
+                tasks.start(self._beat()),
                 tasks.start(self._announcer.run()),
                 tasks.start(self._publisher.run()),
                 tasks.start(self._server.leases.expire_forever()),
             ]
-            tasks.start(self._engine.watch(self._config.step_stalled_s))
+            config = self._config
+            tasks.start(self._engine.watch(config.step_overdue_s, config.step_stalled_s, self._on_overdue))
             ending = [tasks.start(stop.wait()), tasks.start(self._engine.failed.wait())]
             logger.info(
                 "ready on %s", self._server.address, extra={"worker_id": self._identity.key.worker_id}
@@ -119,16 +131,64 @@ class Worker:
                     task.result()  # they never end by themselves: this raises
             if self._engine.failed.is_set():
                 raise EngineFailed("the engine process died; restart the worker")
-            await self._drain()
+            await self._drain(at_once)
 
-    async def _drain(self) -> None:
-        """No new work; what runs may finish within the grace period."""
+    async def _beat(self) -> None:
+        while True:
+            await self._clock.sleep(BEAT_S)
+            stood_still_s = self._incarnation.silent_s
+            if self._incarnation.beat():
+                self._begin_anew(stood_still_s)
+
+    def _begin_anew(self, stood_still_s: float) -> None:
+        """The cluster has taken this worker for dead and gone on without it."""
+        logger.warning("stood still for %.1f s: from now on another incarnation", stood_still_s)
+        self._metrics.epochs.inc()
+        self._server.begin_anew(WorkerLost("the worker stood still and is another incarnation now"))
+        self._publisher.begin_anew()
+        self._announcer.changed()
+
+    def _on_overdue(self, overdue: bool) -> None:
+        if overdue:
+            self._metrics.engine_overdue.inc()
+        self._announcer.changed()
+
+    async def _drain(self, at_once: asyncio.Event) -> None:
+        """No new work; what runs may finish within the grace period, or goes on elsewhere before its end."""
         self._incarnation.draining = True
         self._announcer.changed()
         logger.info("draining %d sequences", self._engine.sequences)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_grace_s):
-                await self._engine.idle.wait()
+        grace_s = self._config.drain_grace_s
+        last_s = min(self._config.drain_handover_s, grace_s / 2)
+        noticed_s = min(_NOTICED_S, grace_s - last_s)
+        await self._until(noticed_s, at_once)
+        await self._until(grace_s - last_s - noticed_s, self._engine.idle, at_once)
+        if not self._engine.idle.is_set() and not at_once.is_set() and await self._others_serve():
+            handed_over = self._server.hand_over()
+            self._metrics.handovers.inc(handed_over)
+            logger.info("handed %d sequences over", handed_over)
+        await self._until(last_s, self._engine.idle, at_once)
+
+    async def _until(self, at_most_s: float, *events: asyncio.Event) -> None:
+        """Wait for one of the events."""
+        async with ChildTasks() as tasks:
+            waits = [tasks.start(self._clock.sleep(at_most_s)), *(tasks.start(e.wait()) for e in events)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _others_serve(self) -> bool:
+        """Whether another worker could take a request over; without membership nobody knows of any."""
+        try:
+            reports = await self._membership.workers()
+        except StoreUnavailable:
+            return False
+        worker_id, model = self._identity.key.worker_id, self._identity.served_model
+        return any(
+            other.worker_id != worker_id
+            and other.served_model == model
+            and other.decodes
+            and other.state == "ready"
+            for other in reports
+        )
 
     async def _close(self) -> None:
         await self._announcer.leave()
@@ -164,10 +224,10 @@ class Worker:
         identity, gauges = self._identity, self._engine.gauges
         host = self._config.advertise_host or self._config.host
         return WorkerReport(
-            worker_id=identity.key.worker_id,
-            epoch=identity.key.epoch,
-            role=self._config.role,
-            state="draining" if self._incarnation.draining else "ready",
+            worker_id=self._incarnation.key.worker_id,
+            epoch=self._incarnation.key.epoch,
+            role=self._incarnation.role,
+            state=self.state,
             address=self._server.address,
             metrics_url=f"http://{host}:{self._status.port}/metrics",
             served_model=identity.served_model,
@@ -186,15 +246,20 @@ class Worker:
         )
 
     def _is_live(self) -> bool:
-        return self._clock.now() - self._announcer.turned_at_s < _LIVE_S
+        return self._incarnation.silent_s < _LIVE_S
 
     def _is_ready(self) -> bool:
-        return self._is_live() and not self._incarnation.draining and not self._engine.failed.is_set()
+        return self._is_live() and self.state == "ready" and not self._engine.failed.is_set()
 
 
-def _stop_event() -> asyncio.Event:
-    stop = asyncio.Event()
+def _stop_events() -> tuple[asyncio.Event, asyncio.Event]:
+    """The first signal asks to drain, the second one to end at once."""
+    stop, at_once = asyncio.Event(), asyncio.Event()
+
+    def ask() -> None:
+        (at_once if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+        loop.add_signal_handler(number, ask)
+    return stop, at_once

@@ -1,10 +1,12 @@
 """What a worker shows Prometheus. One registry per object, so that tests can make several."""
 
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from services.core.errors import DiptychError, facts
+from services.core.worker_report import State
 from services.engine.messages import Gauges, Report
 from services.transfer.fetch import PrefixFetched
 from services.transfer.lease import LeaseEnd
@@ -23,6 +25,15 @@ class WorkerMetrics:
         self._fetch = _FetchSeries(registry)
         self._failures = Counter(
             "diptych_worker_failures", "Sequences failed, by error", ["error"], registry=registry
+        )
+        self.epochs = Counter(
+            "diptych_worker_epochs", "New epochs after the worker had stood still", registry=registry
+        )
+        self.engine_overdue = Counter(
+            "diptych_worker_engine_overdue", "Times the engine was overdue", registry=registry
+        )
+        self.handovers = Counter(
+            "diptych_worker_handovers", "Sequences handed over by a drain", registry=registry
         )
 
     def on_report(self, report: Report) -> None:
@@ -51,6 +62,16 @@ class WorkerMetrics:
 
     def on_failed(self, error: DiptychError) -> None:
         self._failures.labels(facts(error).label).inc()
+
+    def watch_state(self, state: Callable[[], State]) -> None:
+        """1 for the state that `state` tells, 0 for the others."""
+        gauge = Gauge("diptych_worker_state", "The worker's state", ["state"], registry=self.registry)
+
+        def watch(one: State) -> None:
+            gauge.labels(one).set_function(lambda: float(state() == one))
+
+        for one in get_args(State):
+            watch(one)
 
     def watch(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""

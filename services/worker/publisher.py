@@ -1,7 +1,7 @@
 """Keeps the global prefix index in step with this worker's cache, off the engine's path.
 
-Changes are collected and sent in batches. When Redis was away, or the entries are gone, everything
-that is resident is published again.
+Changes are collected and sent in batches. When Redis was away, the entries are gone, or the worker has
+become another incarnation, everything that is resident is published again.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from services.core.clock import Clock
 from services.core.errors import StoreUnavailable
-from services.core.worker_report import WorkerKey
+from services.engine.incarnation import Incarnation
 from services.index.protocol import PrefixIndex
 
 _BATCH_S = 0.02  # one round trip per batch: at most 50 a second
@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class IndexPublisher:
-    def __init__(self, index: PrefixIndex, worker: WorkerKey, clock: Clock) -> None:
+    def __init__(self, index: PrefixIndex, incarnation: Incarnation, clock: Clock) -> None:
         self._index = index
-        self._worker = worker
+        self._incarnation = incarnation
+        self._worker = incarnation.key  # whom the entries belong to
         self._clock = clock
         self._resident: set[bytes] = set()
         self._stored: set[bytes] = set()  # not yet published
@@ -44,6 +45,10 @@ class IndexPublisher:
         if stored or evicted:
             self._changed.set()
 
+    def begin_anew(self) -> None:
+        """The worker is another incarnation now."""
+        self._changed.set()
+
     async def run(self) -> None:
         """Publish until cancelled."""
         while True:
@@ -57,7 +62,8 @@ class IndexPublisher:
 
     async def _turn(self) -> None:
         """Renew the entries, or publish them all if they are not there or not complete; then the changes
-        until the next renewal is due."""
+        until the next renewal is due, or the worker is another incarnation."""
+        await self._follow_incarnation()
         if not await self._index.renew(self._worker):
             self._stored, self._evicted = set(self._resident), set()
             await self._publish()
@@ -65,10 +71,16 @@ class IndexPublisher:
                 logger.info("the prefix index is back; %d blocks published again", len(self._resident))
             self._away = False
         renew_at_s = self._clock.now() + _RENEW_S
-        while self._clock.now() < renew_at_s:
+        while self._clock.now() < renew_at_s and self._worker == self._incarnation.key:
             if await self._wait_for_change(renew_at_s - self._clock.now()):
                 await self._clock.sleep(_BATCH_S)
                 await self._publish()
+
+    async def _follow_incarnation(self) -> None:
+        if self._worker != self._incarnation.key:
+            # Nobody asks for the old entries any more; should this fail, they expire.
+            before, self._worker = self._worker, self._incarnation.key
+            await self._index.forget(before)
 
     async def _publish(self) -> None:
         stored, evicted = self._stored, self._evicted

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from services.core.clock import SystemClock
-from services.core.errors import EngineFailed, ModelFileError
+from services.core.errors import EngineFailed, EngineStalled, ModelFileError
 from services.core.sampling import SamplingParams
-from services.engine.handle import EngineHandle, Event
+from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.messages import EngineSetup, Limits, Refused, Report, Submit, Token
 from services.worker.config import WorkerConfig
 from services.worker.identity import identify
@@ -81,24 +81,62 @@ async def test_a_killed_engine_fails_every_sequence_once(subject: Subject) -> No
         subject.submit(max_tokens=1)
 
 
+class Watch:
+    """What a watch with these limits tells."""
+
+    def __init__(self, subject: Subject, overdue_s: float, hung_s: float) -> None:
+        self.overdue: asyncio.Queue[bool] = asyncio.Queue()
+        self.task = asyncio.create_task(subject.handle.watch(overdue_s, hung_s, self.overdue.put_nowait))
+
+    async def told(self) -> bool:
+        async with asyncio.timeout(30):
+            return await self.overdue.get()
+
+
 async def test_a_hung_engine_is_ended_and_noticed(subject: Subject) -> None:
-    watch = asyncio.create_task(subject.handle.watch(stalled_s=0.5))
+    watch = Watch(subject, overdue_s=5.0, hung_s=0.5)
     subject.submit(max_tokens=200)
     for _ in range(3):
         await subject.next(Token)
     subject.process.send_signal(signal.SIGSTOP)
     assert (await subject.next(Refused)).code == "engine_failed"
-    await watch
+    await watch.task
 
 
-async def test_a_working_or_idle_engine_is_not_taken_for_hung(subject: Subject) -> None:
-    watch = asyncio.create_task(subject.handle.watch(stalled_s=0.5))
-    await asyncio.sleep(1.0)
+async def test_an_overdue_engine_loses_its_sequences_and_serves_again_when_it_goes_on(
+    subject: Subject,
+) -> None:
+    watch = Watch(subject, overdue_s=1.0, hung_s=60.0)
+    subject.submit(max_tokens=200)
+    for _ in range(3):
+        await subject.next(Token)
+    subject.process.send_signal(signal.SIGSTOP)
+    stalled = await subject.next(Stalled)
+    assert isinstance(stalled.error, EngineStalled)
+    subject.handle.drop("s")
+    assert await watch.told()
+    with pytest.raises(EngineStalled):
+        subject.submit(max_tokens=1)
+    subject.process.send_signal(signal.SIGCONT)
+    assert not await watch.told()
+    assert subject.events.empty(), "a dropped sequence said something"
+    subject.submit(max_tokens=3)
+    while (await subject.next(Token)).finish is None:
+        pass
+    gauges = subject.handle.gauges
+    assert gauges.blocks_free + gauges.blocks_cached == gauges.blocks_total
+    watch.task.cancel()
+
+
+async def test_a_working_or_idle_engine_is_not_taken_for_overdue(subject: Subject) -> None:
+    watch = Watch(subject, overdue_s=1.0, hung_s=1.5)
+    await asyncio.sleep(2.0)
     subject.submit(max_tokens=100)
     while (await subject.next(Token)).finish is None:
         pass
-    assert not watch.done()
-    watch.cancel()
+    assert watch.overdue.empty()
+    assert not watch.task.done()
+    watch.task.cancel()
 
 
 async def test_it_ends_with_the_process_that_started_it(subject: Subject) -> None:

@@ -102,9 +102,9 @@ class SimEngine(EngineHandle):
     async def start(self, setup: EngineSetup) -> None:
         await self._clock.sleep(self._rng.uniform(0.05, 0.5))  # loads the model
         self._block_bytes = setup.geometry.block_bytes
-        self._chunk_tokens_max = setup.limits.chunk_tokens_max
         self.pool = memoryview(bytearray(setup.geometry.shared_bytes))
         self.engine = self._build(setup, self.pool, self._stepping_clock, self._pace)
+        self.engine.before_long_step = self._send_report
 
     def send(self, command: Command) -> None:
         if not self.process.dead and not self._io.dead:

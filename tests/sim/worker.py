@@ -68,6 +68,7 @@ class SimWorker:
             clock=world.clock,
             new_engine=self._new_engine,
             new_status_server=_NoStatusServer,  # type: ignore[arg-type]
+            new_epoch=partial(world.rng.getrandbits, 63),
         )
         self.worker = Worker(self.config, self._identity(), surroundings)
         world.trace.note(name, f"starts as incarnation {self.starts}")

@@ -8,7 +8,7 @@ import grpc.aio
 
 from services.core.clock import SystemClock
 from services.core.errors import DiptychError
-from services.core.worker_report import WorkerKey
+from services.core.worker_report import Role, WorkerKey
 from services.decode.sequence import DecodeParts
 from services.decode.service import DecodeService
 from services.engine.incarnation import Incarnation
@@ -29,11 +29,21 @@ from tests.support.in_process_engine import InProcessEngine, compatibility
 BOUNDS = SequenceBounds(vocab_size=50_000, context_tokens_max=200)
 
 
+def incarnation(worker_id: str, epoch: int, role: Role) -> Incarnation:
+    """One that never stands still: nobody beats here."""
+    return Incarnation(WorkerKey(worker_id, epoch), role, SystemClock(), lease_s=3600.0)
+
+
 class KvSide:
     """What every worker has: an engine, leases on its blocks, and transfers both ways."""
 
     def __init__(
-        self, epoch: int, blocks: int, lease_ttl_s: float, pull_wait_s: float, block_size: int
+        self,
+        incarnation: Incarnation,
+        blocks: int,
+        lease_ttl_s: float,
+        pull_wait_s: float,
+        block_size: int,
     ) -> None:
         clock = SystemClock()
         self.engine = InProcessEngine(blocks, self._on_report, block_size=block_size)
@@ -58,7 +68,13 @@ class KvSide:
         )
         lender = Lender(self.engine, self.leases, clock)
         self._server = KvServer(
-            self.leases, self.memory, compatibility(block_size), epoch, clock, pull_wait_s, lender.lend
+            self.leases,
+            self.memory,
+            compatibility(block_size),
+            incarnation.is_current,
+            clock,
+            pull_wait_s,
+            lender.lend,
         )
 
     def attach(self, server: grpc.aio.Server) -> None:
@@ -80,9 +96,9 @@ class PrefillWorker:
     def __init__(
         self, blocks: int = 64, lease_ttl_s: float = 5.0, pull_wait_s: float = 0.3, block_size: int = 4
     ) -> None:
-        self.kv = kv = KvSide(11, blocks, lease_ttl_s, pull_wait_s, block_size)
+        self.incarnation = incarnation("p", 11, "prefill")
+        self.kv = kv = KvSide(self.incarnation, blocks, lease_ttl_s, pull_wait_s, block_size)
         self.engine, self.leases, self.lease_ends = kv.engine, kv.leases, kv.lease_ends
-        self.incarnation = Incarnation(WorkerKey("p", 11))
         self.failures: list[DiptychError] = []
         self._service = PrefillService(
             kv.engine,
@@ -102,9 +118,9 @@ class PrefillWorker:
 
 class DecodeWorker:
     def __init__(self, blocks: int = 64, block_size: int = 4) -> None:
-        self.kv = kv = KvSide(22, blocks, 5.0, 0.3, block_size)
+        self.incarnation = incarnation("d", 22, "decode")
+        self.kv = kv = KvSide(self.incarnation, blocks, 5.0, 0.3, block_size)
         self.engine, self.leases, self.broken_pulls = kv.engine, kv.leases, kv.broken_pulls
-        self.incarnation = Incarnation(WorkerKey("d", 22))
         self._transport = kv.transport
         self.received: list[Received] = []
         self.failures: list[DiptychError] = []
@@ -118,10 +134,10 @@ class DecodeWorker:
             self.broken_pulls.append,
             kv.fetcher,
         )
-        self._service = DecodeService(self.parts, self.incarnation, BOUNDS)
+        self.service = DecodeService(self.parts, self.incarnation, BOUNDS)
 
     def attach(self, server: grpc.aio.Server) -> None:
-        worker_pb2_grpc.add_DecodeServicer_to_server(self._service, server)
+        worker_pb2_grpc.add_DecodeServicer_to_server(self.service, server)
         self.kv.attach(server)
 
 

@@ -197,3 +197,17 @@ class DecodeStarted(_message.Message):
     fetched_tokens: int
     fetch_ms: float
     def __init__(self, cached_tokens: _Optional[int] = ..., transferred_bytes: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., exposed_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("worker_id", "role")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    role: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
+
+class SetRoleReply(_message.Message):
+    __slots__ = ("previous_role",)
+    PREVIOUS_ROLE_FIELD_NUMBER: _ClassVar[int]
+    previous_role: str
+    def __init__(self, previous_role: _Optional[str] = ...) -> None: ...

@@ -169,3 +169,79 @@ class Decode:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ControlStub:
+    """What operators say to a worker.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.SetRole = channel.unary_unary(
+                '/diptych.v1.Control/SetRole',
+                request_serializer=worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=worker__pb2.SetRoleReply.FromString,
+                _registered_method=True)
+
+
+class ControlServicer:
+    """What operators say to a worker.
+    """
+
+    def SetRole(self, request, context):
+        """Changes what new work the worker takes, at once; what runs goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ControlServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=worker__pb2.SetRoleReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'diptych.v1.Control', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('diptych.v1.Control', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Control:
+    """What operators say to a worker.
+    """
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.Control/SetRole',
+            worker__pb2.SetRoleRequest.SerializeToString,
+            worker__pb2.SetRoleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -5,7 +5,16 @@ import asyncio
 import grpc.aio
 import pytest
 
-from services.core.errors import BadRequest, Overloaded, PullerLost
+from services.core.errors import (
+    BadRequest,
+    DiptychError,
+    Draining,
+    EngineStalled,
+    Overloaded,
+    PullerLost,
+    RoleChanged,
+    WorkerLost,
+)
 from services.core.sampling import SamplingParams
 from services.decode import service as service_module
 from services.decode.sequence import DecodeSequence
@@ -201,7 +210,7 @@ async def test_cancelling_both_sides_frees_everything(paused: bool) -> None:
         prefill = pair.run_prefill(one)
         pair.prefill.engine.paused = paused
         await session.submit(one, pair.source())
-        while not pair.prefill.engine.sequences:
+        while not (pair.prefill.engine.sequences or prefill.done()):
             await asyncio.sleep(0.001)
         prefill.cancel()
         await session.cancel("r")
@@ -346,17 +355,143 @@ async def test_a_decode_worker_that_gives_up_ends_the_prefill() -> None:
         await session.close()
 
 
-async def test_another_incarnation_or_a_draining_worker_refuses() -> None:
+async def refusal(pair: Pair) -> type[DiptychError]:
+    """Of a prefill that nobody needs to pull."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await pair.run_prefill(sequence(), expect_pull=False)
+    return type(from_rpc_error(raised.value, "p"))
+
+
+async def test_another_incarnation_another_role_and_a_draining_worker_refuse() -> None:
     async with running_pair() as pair:
-        pair.prefill.incarnation.draining = True
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await pair.run_prefill(sequence())
-        assert isinstance(from_rpc_error(raised.value, "p"), Overloaded)
-        pair.decode.incarnation.key = pair.decode.incarnation.key._replace(epoch=23)
-        session = Session(pair)
+        prefill, decode, session = pair.prefill.incarnation, pair.decode.incarnation, Session(pair)
+        prefill.draining = True
+        assert await refusal(pair) is Draining
+        prefill.draining, prefill.role = False, "decode"
+        assert await refusal(pair) is RoleChanged
+        decode.role = "prefill"
+        await session.submit(sequence())
+        assert await session.failure() == "role_changed"
+        decode.draining = True
+        await session.submit(sequence())
+        assert await session.failure() == "draining"
+        decode.key = decode.key._replace(epoch=23)
         await session.submit(sequence())
         assert await session.failure() == "worker_lost"
         await session.close()
+
+
+async def test_kv_of_a_worker_that_drains_or_changed_its_role_is_still_pulled() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        prefill = pair.run_prefill(sequence())
+        while not pair.prefill.leases.open_leases:
+            await asyncio.sleep(0.001)
+        pair.prefill.incarnation.draining = True
+        pair.prefill.incarnation.role = "decode"
+        await session.submit(sequence(), pair.source())
+        await prefill
+        assert len(await session.tokens()) == 7
+        await session.close()
+        await pair.idle()
+
+
+async def test_what_is_handed_over_ends_at_once_and_leaves_nothing() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        pair.prefill.engine.paused = True  # "receiving" is in the middle of its transfer
+        prefill = pair.run_prefill(sequence("receiving"))
+        await session.submit(sequence("receiving"), pair.source())
+        await session.submit(sequence("local", max_tokens=150))
+        while not session.batches or not pair.prefill.engine.sequences:
+            await asyncio.sleep(0.001)
+        assert pair.decode.service.give_up(Draining("moving")) == 2
+        assert pair.prefill.leases.fail_unfinished(Draining("moving")) == 1
+        assert {await session.failure("local"), await session.failure("receiving")} == {"draining"}
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await prefill
+        assert isinstance(from_rpc_error(raised.value, "p"), Draining)
+        pair.prefill.engine.resume()
+        await pair.idle()
+        await session.close()
+
+
+async def test_computed_kv_outlives_the_handing_over_of_its_worker() -> None:
+    async with running_pair() as pair:
+        source = KvSource("p", pair.prefill_address, 11)
+        destination = Destination(pair.decode.parts.memory, range(3), len(PROMPT), held_tokens=0)
+        pull = pair.decode._transport.pull(source, "r/0", destination, 0)
+        prefill = pair.run_prefill(sequence())
+        await anext(pull)
+        await prefill
+        assert pair.prefill.leases.fail_unfinished(Draining("moving")) == 0
+        assert [arrived.firsts async for arrived in pull][-1]
+        assert await pair.decode._transport.release(source, "r/0")
+        await pair.idle()
+
+
+async def test_a_new_incarnation_ends_all_that_the_old_one_had() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        pair.prefill.engine.paused = True
+        prefill = pair.run_prefill(sequence("lost"))
+        await session.submit(sequence("lost"), pair.source())
+        await session.submit(sequence("early"), pair.source())  # its pull waits for a prefill
+        while not pair.prefill.engine.sequences:
+            await asyncio.sleep(0.001)
+        pair.prefill.leases.fail_all(WorkerLost("another incarnation"))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await prefill
+        assert isinstance(from_rpc_error(raised.value, "p"), WorkerLost)
+        assert {await session.failure("lost"), await session.failure("early")} == {"kv_source_lost"}
+        pair.prefill.engine.resume()
+        await pair.idle()
+        await session.close()
+
+
+async def test_an_overdue_engine_gives_its_sequences_up_and_frees_them_when_it_is_back() -> None:
+    async with running_pair() as pair:
+        session, told = Session(pair), []
+        await session.submit(sequence("stream", max_tokens=150))
+        while not session.batches:
+            await asyncio.sleep(0.001)
+        engine = pair.decode.engine
+        watch = asyncio.create_task(engine.watch(overdue_s=0.1, hung_s=60.0, on_overdue=told.append))
+        engine.paused = True
+        assert await session.failure("stream") == "engine_stalled"
+        await session.submit(sequence("new"))
+        assert await session.failure("new") == "engine_stalled"
+        assert told == [True]
+        engine.resume()
+        await pair.idle()
+        while told != [True, False]:
+            await asyncio.sleep(0.01)
+        await session.submit(sequence("again"))
+        assert len(await session.tokens("again")) == 8
+        watch.cancel()
+        await session.close()
+
+
+async def test_a_prefill_on_an_overdue_engine_goes_elsewhere_but_computed_kv_stays() -> None:
+    async with running_pair() as pair:
+        source = KvSource("p", pair.prefill_address, 11)
+        destination = Destination(pair.decode.parts.memory, range(3), len(PROMPT), held_tokens=0)
+        pull = pair.decode._transport.pull(source, "done/0", destination, 0)
+        done = pair.run_prefill(sequence("done"))
+        await anext(pull)
+        await done
+        engine = pair.prefill.engine
+        engine.paused = True
+        stuck = pair.run_prefill(sequence("stuck"), expect_pull=False)
+        watch = asyncio.create_task(engine.watch(overdue_s=0.1, hung_s=60.0, on_overdue=lambda on: None))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stuck
+        assert isinstance(from_rpc_error(raised.value, "p"), EngineStalled)
+        assert [arrived.firsts async for arrived in pull][-1]
+        assert await pair.decode._transport.release(source, "done/0")
+        engine.resume()
+        await pair.idle()
+        watch.cancel()
 
 
 async def test_a_sequence_that_could_break_a_step_is_refused() -> None:

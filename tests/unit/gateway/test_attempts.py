@@ -6,15 +6,31 @@ import random
 import pytest
 
 from services.core.clock import ManualClock
-from services.core.errors import FACTS, DeadlineExceeded, DiptychError, NoWorker, Overloaded, WorkerLost
-from services.gateway.attempts import EXCLUSION_S, PAUSE_MAX_S, PAUSE_MIN_S, Patience, RetryPolicy
+from services.core.errors import (
+    FACTS,
+    DeadlineExceeded,
+    DiptychError,
+    Draining,
+    NoWorker,
+    Overloaded,
+    RoleChanged,
+    WorkerLost,
+)
+from services.gateway.attempts import (
+    EXCLUSION_S,
+    PAUSE_MAX_S,
+    PAUSE_MIN_S,
+    SENT_AWAY_S,
+    Patience,
+    RetryPolicy,
+)
 from services.gateway.generation import AttemptFailed, Event
 from services.gateway.waiting_line import HOLD_BACK_AFTER_S, WaitingLine
 from services.gateway.worker_client import OutputToken, Reserved, Started
 from tests.unit.gateway.scripted_worker_server import report
 
 D1 = report("d1", "decode")
-POLICY = RetryPolicy(attempts_max=3, admission_timeout_s=10.0, no_worker_timeout_s=4.0)
+POLICY = RetryPolicy(attempts_max=3, attempts_total_max=6, admission_timeout_s=10.0, no_worker_timeout_s=4.0)
 
 
 class JumpingClock(ManualClock):
@@ -34,15 +50,45 @@ def test_errors_that_another_attempt_cannot_help_end_the_request(kind: type[Dipt
         patience(ManualClock()).admit_failure(AttemptFailed(kind("no"), D1))
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k, f in FACTS.items() if f.retryable and k not in (Overloaded, NoWorker)]
-)
+UNCOUNTED = (Overloaded, NoWorker, Draining, RoleChanged)
+
+
+@pytest.mark.parametrize("kind", [k for k, f in FACTS.items() if f.retryable and k not in UNCOUNTED])
 def test_failures_are_bounded_and_the_last_error_is_raised(kind: type[DiptychError]) -> None:
     budget = patience(ManualClock())
     budget.admit_failure(AttemptFailed(kind("first"), D1))
     budget.admit_failure(AttemptFailed(kind("second"), D1))
     with pytest.raises(kind, match="third"):
         budget.admit_failure(AttemptFailed(kind("third"), D1))
+
+
+def test_a_token_lets_the_count_of_failures_start_anew_but_not_for_ever() -> None:
+    budget, lost = patience(ManualClock()), AttemptFailed(WorkerLost("gone"), D1)
+    for index in range(POLICY.attempts_total_max - 1):
+        budget.admit_failure(lost)
+        budget.note(OutputToken(index, 1))
+    with pytest.raises(WorkerLost):
+        budget.admit_failure(lost)
+
+
+@pytest.mark.parametrize("kind", [Draining, RoleChanged])
+def test_being_sent_away_is_no_failure_yet_no_request_is_sent_round_for_ever(kind) -> None:
+    budget, away = patience(ManualClock()), AttemptFailed(kind("elsewhere"), D1)
+    for _ in range(POLICY.attempts_total_max - 1):
+        budget.admit_failure(away)
+    with pytest.raises(kind):
+        budget.admit_failure(away)
+
+
+async def test_a_worker_that_sends_away_is_avoided_until_its_report_says_why() -> None:
+    clock = JumpingClock()
+    budget, away = patience(clock), AttemptFailed(Draining("elsewhere"), D1)
+    budget.admit_failure(away)
+    await budget.pause(away)
+    assert clock.now() == 0.0, "there is nothing to wait for"
+    assert budget.excluded == {D1.key}
+    clock.advance(SENT_AWAY_S)
+    assert budget.excluded == set()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from router.state import Offer, Route, WorkerView
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import ManualClock
 from services.gateway import cluster_view
-from services.gateway.cluster_view import LEASE_GRACE_S, SUSPICION_S, ClusterView
+from services.gateway.cluster_view import LEASE_GRACE_S, SILENT_S, SUSPICION_S, ClusterView
 from services.gateway.in_flight import REPORT_DELAY_S, InFlight
 from services.gateway.memory_worker_client import MemoryWorkerClient
 from services.index.memory_index import MemoryPrefixIndex
@@ -100,7 +100,13 @@ async def test_a_worker_of_another_model_is_told_of_once_until_it_changes(world,
 
 @pytest.mark.parametrize(
     ("changes", "ready"),
-    [({}, True), ({"role": "both"}, True), ({"role": "prefill"}, False), ({"state": "draining"}, False)],
+    [
+        ({}, True),
+        ({"role": "both"}, True),
+        ({"role": "prefill"}, False),
+        ({"state": "draining"}, False),
+        ({"state": "stalled"}, False),
+    ],
 )
 async def test_ready_means_a_ready_decode_worker(world, changes, ready) -> None:
     await world.announce(report("w", changes.pop("role", "decode"), **changes))
@@ -113,6 +119,38 @@ async def test_a_suspect_is_not_offered_for_a_moment(world) -> None:
     assert {view.id: view.ready for view in world.view.worker_views()} == {"d1": False, "d2": True}
     world.clock.advance(SUSPICION_S + 0.1)
     assert all(view.ready for view in world.view.worker_views())
+
+
+async def offered(world: World, beat: int, after_s: float) -> bool:
+    """Whether d1 is offered when its report with `beat` is read after some more time."""
+    world.clock.advance(after_s)
+    await world.announce(report("d1", "decode", beat=beat))
+    return world.view.worker_views()[0].ready
+
+
+async def test_a_suspect_that_reports_again_is_offered_again(world) -> None:
+    assert await offered(world, beat=1, after_s=0.0)
+    world.view.suspect(D1.key)
+    assert not await offered(world, beat=2, after_s=0.1), "this report may be older than the suspicion"
+    assert not await offered(world, beat=2, after_s=0.9)
+    assert await offered(world, beat=3, after_s=0.1)
+
+
+async def test_a_worker_whose_reports_stop_changing_is_not_offered_until_they_do(world) -> None:
+    assert await offered(world, beat=1, after_s=0.0)
+    assert await offered(world, beat=1, after_s=SILENT_S)
+    assert not await offered(world, beat=1, after_s=0.1)
+    assert await offered(world, beat=2, after_s=0.1)
+
+
+async def test_nobody_is_silent_while_redis_is_away(world) -> None:
+    await world.announce(report("d1", "decode", beat=1))
+    world.membership.available = False
+    world.clock.advance(10.0)
+    await world.view.refresh()
+    assert world.view.worker_views()[0].ready
+    world.membership.available = True
+    assert await offered(world, beat=1, after_s=0.1)
 
 
 async def test_a_report_becomes_a_view_with_the_same_numbers(world) -> None:

@@ -67,7 +67,7 @@ class Source:
 
     def serve(self, nixl: NixlOffer | None = None) -> None:
         self.server = KvServer(
-            self.leases, self.memory, compatibility(), EPOCH, SystemClock(), 0.2, self._lend, nixl=nixl
+            self.leases, self.memory, compatibility(), EPOCH.__eq__, SystemClock(), 0.2, self._lend, nixl=nixl
         )
 
     def compute(self, upto: int = TOKENS) -> None:

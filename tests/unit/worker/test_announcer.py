@@ -28,7 +28,7 @@ class Subject:
         clock = SystemClock()
         self.membership = MemoryMembership(clock)
         self.running = 0
-        self.announcer = Announcer(self.membership, report().key, lambda: report(self.running), clock)
+        self.announcer = Announcer(self.membership, lambda: report(self.running), clock)
         self.task = asyncio.create_task(self.announcer.run())
 
     async def seen(self, running: int) -> None:

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from services.core.clock import SystemClock
+from services.core.clock import ManualClock, SystemClock
 from services.core.worker_report import WorkerKey
+from services.engine.incarnation import Incarnation
 from services.index.memory_index import MemoryPrefixIndex
 from services.worker import publisher as publisher_module
 from services.worker.publisher import IndexPublisher
@@ -15,8 +16,12 @@ CHAIN = [bytes([n]) * 16 for n in range(8)]
 
 
 @asynccontextmanager
-async def running(index: MemoryPrefixIndex) -> AsyncIterator[IndexPublisher]:
-    publisher = IndexPublisher(index, WORKER, SystemClock())
+async def running(
+    index: MemoryPrefixIndex, incarnation: Incarnation | None = None
+) -> AsyncIterator[IndexPublisher]:
+    clock = SystemClock()
+    incarnation = incarnation or Incarnation(WORKER, "prefill", clock, lease_s=3600.0)
+    publisher = IndexPublisher(index, incarnation, clock)
     task = asyncio.create_task(publisher.run())
     try:
         yield publisher
@@ -26,10 +31,10 @@ async def running(index: MemoryPrefixIndex) -> AsyncIterator[IndexPublisher]:
         await publisher.forget()
 
 
-async def located(index: MemoryPrefixIndex, expected: int) -> None:
+async def located(index: MemoryPrefixIndex, expected: int, worker: WorkerKey = WORKER) -> None:
     """Wait until the index shows `expected` leading blocks."""
     async with asyncio.timeout(5):
-        while await index.locate(CHAIN, [WORKER]) != {WORKER: expected}:
+        while await index.locate(CHAIN, [worker]) != {worker: expected}:
             await asyncio.sleep(0.005)
 
 
@@ -75,3 +80,19 @@ async def test_the_entries_go_with_the_worker() -> None:
         publisher.record(CHAIN[:4], [])
         await located(index, 4)
     await located(index, 0)
+
+
+async def test_another_incarnation_publishes_all_that_is_resident_and_takes_the_old_entries_back() -> None:
+    index, clock = MemoryPrefixIndex(SystemClock()), ManualClock()
+    incarnation = Incarnation(WORKER, "prefill", clock, lease_s=2.0, new_epoch=lambda: 2)
+    async with running(index, incarnation) as publisher:
+        publisher.record(CHAIN[:4], [])
+        await located(index, 4)
+        clock.advance(3.0)
+        assert incarnation.beat()
+        publisher.begin_anew()
+        await located(index, 4, incarnation.key)
+        await located(index, 0)
+        publisher.record(CHAIN[4:6], [])
+        await located(index, 6, incarnation.key)
+    await located(index, 0, incarnation.key)
