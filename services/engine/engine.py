@@ -213,7 +213,7 @@ class Engine:
     def _drop_choice(self, command: DropChoice) -> None:
         for sequence in list(self._sequences.get(command.seq_id, [])):
             if command.choice in sequence.choices:
-                sequence.choices.remove(command.choice)
+                sequence.serve([choice for choice in sequence.choices if choice != command.choice])
                 if not sequence.choices:
                     assert sequence.state not in _WRITTEN, "KV may be on its way into the blocks"
                     self._remove(sequence)
@@ -234,10 +234,11 @@ class Engine:
 
     def _sampled(self, sequence: Sequence, tokens: list[int]) -> None:
         """Report a token of each choice; those that it does not end go on."""
+        index = len(sequence.output_ids)
         going_on: dict[int, int] = {}
         for choice, token in zip(sequence.choices, tokens, strict=True):
-            finish = sequence.finish(token)
-            self._tokens.append(Token(sequence.seq_id, len(sequence.output_ids), token, finish, choice))
+            finish = sequence.params.finish(token, index + 1)
+            self._tokens.append(Token(sequence.seq_id, index, token, finish, choice))
             if not finish:
                 going_on[choice] = token
         if sequence.kind == "prefill":
@@ -249,9 +250,11 @@ class Engine:
 
     def _go_on(self, sequence: Sequence, tokens: dict[int, int]) -> None:
         """Continue each choice with its token. The first keeps the sequence, the others fork from it."""
-        first, *others = tokens
-        forks = self._fork(sequence, others) if others else []
-        sequence.choices = [first]
+        forks: list[Sequence] = []
+        if len(sequence.choices) > 1:
+            first, *others = tokens
+            forks = self._fork(sequence, others)
+            sequence.serve([first])
         for one in (sequence, *forks):
             one.append(tokens[one.choices[0]])
 
@@ -351,5 +354,5 @@ def _tokens(chunks: list[Chunk]) -> tuple[int, int]:
 def _row(chunk: Chunk) -> Row:
     sequence = chunk.sequence
     end = sequence.computed + chunk.tokens
-    samples = sequence.samples() if end == sequence.known else []
+    samples = sequence.samples if end == sequence.known else []
     return Row(sequence.tokens[sequence.computed : end], sequence.computed, sequence.blocks, samples)

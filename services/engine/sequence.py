@@ -19,7 +19,7 @@ from copy import copy
 from enum import Enum, auto
 
 from services.core.block_hash import block_hash
-from services.core.sampling import FinishReason, SamplingParams
+from services.core.sampling import SamplingParams
 from services.engine.block_pool import BlockPool
 from services.engine.messages import Kind, Submit
 from services.engine.runner import Sample
@@ -42,11 +42,11 @@ class Sequence:
     def __init__(self, submit: Submit, root: bytes, arrived_s: float) -> None:
         self.seq_id = submit.seq_id
         self.kind: Kind = submit.kind
-        self.choices = list(submit.choices)  # one, from the fork on
         self.params: SamplingParams = submit.sampling
         self.prompt_ids = submit.prompt_ids
         self.output_ids = list(submit.output_ids)
         self.tokens = [*submit.prompt_ids, *submit.output_ids]
+        self.serve(submit.choices)
         self.arrived_s = arrived_s
         self.state = State.WAITING
         self.computed = 0
@@ -90,12 +90,11 @@ class Sequence:
             )
         return self._hashes
 
-    def samples(self) -> list[Sample]:
-        return [Sample(self.params, self.prompt_ids, self.output_ids, choice) for choice in self.choices]
-
-    def finish(self, token: int) -> FinishReason | None:
-        """Why the answer ends with `token` as its next one, or None."""
-        return self.params.finish(token, len(self.output_ids) + 1)
+    def serve(self, choices: Ids[int]) -> None:
+        """Answer for these choices from now on: one, after the fork."""
+        self.choices = choices
+        # They see output_ids grow: they are made once, not for every step.
+        self.samples = [Sample(self.params, self.prompt_ids, self.output_ids, choice) for choice in choices]
 
     def append(self, token: int) -> None:
         """Add a sampled token."""
@@ -106,9 +105,9 @@ class Sequence:
         """Another answer to the same tokens: a waiting sequence without blocks, for `choice` alone."""
         fork = copy(self)
         fork.kind = "local"
-        fork.choices = [choice]
         fork.state = State.WAITING
         fork.output_ids, fork.tokens = list(self.output_ids), list(self.tokens)
+        fork.serve([choice])
         fork.blocks, fork.computed, fork._sealed = [], 0, 0
         fork._hashes = list(self._hashes)
         return fork
