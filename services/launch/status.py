@@ -1,35 +1,28 @@
 """`diptych status`: the workers of a cluster, what they do and how full they are."""
 
 import argparse
-import asyncio
 import json
 from typing import Any
 
-import httpx
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from services.core.errors import NoWorker
 from services.core.worker_report import WorkerReport
-from services.launch.cluster_state import read_state
-from services.membership.redis_membership import RedisMembership
+from services.launch.reports import add_source_flags, read_reports
 
-READ_TIMEOUT_SECONDS = 5.0
 LEGEND = "queued: prompt tokens; used, cached, all: KV blocks; hits: cached prompt tokens"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("status", help="show the workers of a cluster", description=__doc__)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--redis", metavar="URL", help="read from this Redis")
-    source.add_argument("--url", metavar="URL", help="read from this gateway (http://HOST:PORT)")
+    add_source_flags(parser)
     parser.add_argument("--json", action="store_true", help="print all that the workers report, as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    reports = _read(arguments)
+    reports = read_reports(arguments)
     if arguments.json:
         print(json.dumps([{**msgspec.to_builtins(report), **shares(report)} for report in reports], indent=2))
     elif reports:
@@ -61,34 +54,3 @@ def table(reports: list[WorkerReport]) -> Table:
         hits = "-" if figures["prefix_hit_rate"] is None else f"{figures['prefix_hit_rate']:.0%}"
         result.add_row(report.worker_id, report.role, report.state, *map(str, (*load, *blocks)), hits)
     return result
-
-
-def _read(arguments: argparse.Namespace) -> list[WorkerReport]:
-    if arguments.url:
-        return _from_gateway(arguments.url)
-    if arguments.redis:
-        return asyncio.run(_from_redis(arguments.redis))
-    state = read_state()
-    if state is None:
-        raise NoWorker(
-            "no cluster of `diptych up` runs on this machine; start one, or pass --redis URL or --url URL"
-        )
-    return asyncio.run(_from_redis(state.redis_url))
-
-
-async def _from_redis(url: str) -> list[WorkerReport]:
-    membership = RedisMembership(url, timeout_s=READ_TIMEOUT_SECONDS)
-    try:
-        return await membership.workers()
-    finally:
-        await membership.close()
-
-
-def _from_gateway(url: str) -> list[WorkerReport]:
-    root = url.rstrip("/").removesuffix("/v1")
-    try:
-        response = httpx.get(f"{root}/v1/cluster", timeout=READ_TIMEOUT_SECONDS)
-        response.raise_for_status()
-        return msgspec.json.decode(response.content, type=list[WorkerReport])
-    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as error:
-        raise NoWorker(f"no gateway of Diptych answers at {root}: {error}") from error

@@ -1,0 +1,51 @@
+"""`diptych role`: changes what a running worker does. What it has begun it finishes; no request fails.
+
+The role lasts until the worker's process ends: a restarted worker has the role it was started with.
+"""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from services.core.errors import NoWorker
+from services.core.worker_report import Role, WorkerReport, has_part
+from services.launch.reports import add_source_flags, read_reports
+from services.wire.control import set_role
+
+ANSWER_TIMEOUT_SECONDS = 5.0
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("role", help="change the role of a running worker", description=__doc__)
+    parser.add_argument("worker", metavar="WORKER", help="its name, as `diptych status` shows it")
+    parser.add_argument("role", choices=get_args(Role), help="what it is to do from now on")
+    add_source_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    reports = read_reports(arguments)
+    worker = find(reports, arguments.worker)
+    role: Role = arguments.role
+    previous = asyncio.run(set_role(worker.address, worker.worker_id, role, ANSWER_TIMEOUT_SECONDS))
+    print(f"{worker.worker_id}: {previous} -> {role}")
+    if not decodes_without(reports, worker, role):
+        print("warning: no worker decodes now; requests wait for one", file=sys.stderr)
+    return 0
+
+
+def find(reports: Sequence[WorkerReport], worker_id: str) -> WorkerReport:
+    """Raises NoWorker, with the names there are."""
+    for report in reports:
+        if report.worker_id == worker_id:
+            return report
+    names = ", ".join(report.worker_id for report in reports) or "none"
+    raise NoWorker(f"no worker is called {worker_id!r}; alive: {names}")
+
+
+def decodes_without(reports: Sequence[WorkerReport], worker: WorkerReport, role: Role) -> bool:
+    """Whether anybody still decodes when `worker` has `role`."""
+    others = [report for report in reports if report.worker_id != worker.worker_id]
+    return has_part(role, "decode") or any(other.decodes for other in others)
