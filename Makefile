@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := services router kernels loadtest tests
 
-.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch clean
+.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -64,6 +64,10 @@ bench-kv: setup
 # A cached prefix fetched from another worker, against computing it.
 bench-fetch: setup
 	@$(PY) -m tests.bench.prefix_fetch
+
+# From a client's hanging up to the last block freed on both workers.
+bench-cancel: setup
+	@$(PY) -m tests.bench.cancel
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
