@@ -54,10 +54,11 @@ class InProcessWorker:
             config,
             self._identity(),
             self.engine,
-            Incarnation(key),
+            Incarnation(key, role, SystemClock(), lease_s=3600),  # nobody beats for it
             self.metrics,
             SystemClock(),
             network,
+            on_role=lambda: None,
         )
 
     async def start(self) -> None:
