@@ -22,7 +22,7 @@ class Journal:
         self._timeline = Timeline(clock, metrics.leave_stage, started_at=received_at)
         self._prompt_tokens = self._seed = 0
         self._completion_tokens = 0
-        self._cached_tokens: int | None = None  # of the prompt, where it was first computed
+        self._cached_tokens: int | None = None  # of the prompt: not computed when it first was
         self._attempts = 0
         self._routed: Routed | None = None
         self._prefill: PrefillResult | None = None  # these two of the latest attempt
@@ -57,7 +57,7 @@ class Journal:
                 self._record_route(event)
             case PrefillResult():
                 self._prefill = event
-                self._note_cached(event.cached_tokens)
+                self._note_cached(event.cached_tokens + event.fetched_tokens)
             case Started():
                 self._started = event
                 if self._timeline.stage is Stage.TRANSFERRING:
@@ -99,7 +99,7 @@ class Journal:
         self._metrics.time_to_first_token.observe(now - self._timeline.started_at)
         self._metrics.prompt_tokens.inc(self._prompt_tokens)
         if self._routed is not None and self._routed.prefill is None and self._started is not None:
-            self._note_cached(self._started.cached_tokens)
+            self._note_cached(self._started.cached_tokens + self._started.fetched_tokens)
         self._metrics.cached_tokens.inc(self._cached_tokens or 0)
 
     def _note_cached(self, tokens: int) -> None:

@@ -62,15 +62,18 @@ class ModelledRunner:
     def __init__(self, clock: ManualClock, model: StepModel) -> None:
         self._clock, self._model = clock, model
 
-    def run(self, rows: Sequence[Row]) -> list[int | None]:
+    def run(self, rows: Sequence[Row]) -> list[list[int]]:
         prefill_tokens = sum(len(row.tokens) for row in rows if not _decodes(row))
         step_ms = self._model.decode_ms + self._model.prefill_ms_per_token * prefill_tokens
         self._clock.advance(step_ms / 1e3)
-        return [CONSTANT_TOKEN if row.sample else None for row in rows]
+        return [[CONSTANT_TOKEN for _ in row.samples] for row in rows]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        pass
 
 
 def _decodes(row: Row) -> bool:
-    return row.sample is not None and bool(row.sample.output_ids)
+    return bool(row.samples) and bool(row.samples[0].output_ids)
 
 
 @dataclass(slots=True)

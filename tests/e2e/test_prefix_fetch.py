@@ -56,6 +56,7 @@ def check_counts(answer: Answer, before: Scrape, after: Scrape) -> None:
     assert grown("diptych_fetch_tokens_total") == PREFIX
     assert grown("diptych_fetch_failures_total") == 0
     assert answer.usage["prompt_tokens"] == PREFIX + SECOND_TAIL
+    assert answer.usage["prompt_tokens_details"] == {"cached_tokens": PREFIX}
 
 
 async def until_published(cluster: RunningCluster, worker_id: str, prompt: list[int]) -> None:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core.sampling import SamplingParams
 from services.engine.engine import Engine
-from services.engine.messages import Admitted, Drop, Fetched, Kind, Landed, Lend, Report, Submit
+from services.engine.messages import Admitted, Drop, DropChoice, Fetched, Kind, Landed, Lend, Report, Submit
 from tests.support.in_process_engine import build_engine, geometry
 
 PROMPT = list(range(100, 142))  # ten blocks of four tokens and two more
@@ -220,3 +221,27 @@ def test_a_fetch_is_never_preempted_for_the_growth_of_others(
 
 def landed(tokens: int, seq_id: str = "x") -> Landed:
     return Landed(seq_id, tokens, proven=tokens)
+
+
+def test_several_choices_share_one_fetch() -> None:
+    source, reader = warm_worker(), Worker()
+    (loan,) = source.lend(PROMPT).admitted
+    several = Submit("x", "local", PROMPT, [], SamplingParams(max_tokens=4), choices=(0, 1, 2))
+    reader.engine.handle(msgspec.structs.replace(several, fetch_tokens=40))
+    (admitted,) = [event for report in reader.turns() for event in report.admitted]
+    reader.copy_from(source, loan.block_ids, admitted.block_ids)
+    reader.engine.handle(DropChoice("x", 1))  # while KV is on its way
+    reader.engine.handle(landed(40))
+    reader.engine.handle(Fetched("x"))
+    fetched, alone = reader.turns(), Worker()
+    alone.engine.handle(several)
+    assert by_choice(fetched) == {c: ids for c, ids in by_choice(alone.turns()).items() if c != 1}
+    assert computed_in(fetched) == 2
+
+
+def by_choice(reports: list[Report]) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    for report in reports:
+        for token in report.tokens:
+            tokens.setdefault(token.choice, []).append(token.token)
+    return tokens

@@ -128,3 +128,10 @@ def test_timings_tell_what_was_fetched_and_how_long_it_took(alone: bool) -> None
     journal = Journal("completions", ManualClock(100.0), GatewayMetrics(), 99.5)
     journal.record(first)
     assert (journal.timings.fetched_tokens, journal.timings.fetch) == (400, 12.5)
+
+
+def test_what_was_fetched_counts_as_cached_in_the_usage() -> None:
+    journal = Journal("completions", ManualClock(100.0), GatewayMetrics(), 99.5)
+    journal.admit(prompt_tokens=500, seed=1)
+    journal.record(prefill_from_wire(worker_pb2.PrefillReply(cached_tokens=64, fetched_tokens=400)))
+    assert journal.usage.prompt_tokens_details.cached_tokens == 464
