@@ -103,6 +103,7 @@ class ClusterView:
             self._store_answers = True
             self._listed_at = dict.fromkeys(self._listed_at, self._clock.now())
             self._heard_at = dict(self._listed_at)
+            self._suspected_at = dict.fromkeys(self._suspected_at, self._clock.now())
         self._warn_of_other_models(listed)
         return [report for report in listed if report.served_model == self._served_model]
 
@@ -169,9 +170,19 @@ class ClusterView:
         if self._looked_at - heard_at > SILENT_S:
             return True
         suspected_at = self._suspected_at.get(report.key)
-        if suspected_at is None:
+        if suspected_at is None or heard_at >= suspected_at + HEARD_AGAIN_S:
             return False
-        return self._clock.now() - suspected_at < SUSPICION_S and heard_at < suspected_at + HEARD_AGAIN_S
+        if self._clock.now() - suspected_at < SUSPICION_S:
+            return True
+        return not self._store_answers and self._is_replaceable(report)
+
+    def _is_replaceable(self, report: WorkerReport) -> bool:
+        """Whether others that nobody suspects do all that this worker does. While Redis does not answer,
+        a suspect cannot be heard of again, and no lease ends: it is used only where it is needed."""
+        others = [r for r in self._reports.values() if r.state == "ready" and r.key not in self._suspected_at]
+        return (not report.prefills or any(other.prefills for other in others)) and (
+            not report.decodes or any(other.decodes for other in others)
+        )
 
     async def locate(self, token_ids: Sequence[int], salt: str) -> dict[str, int]:
         """For each worker how many leading tokens of `token_ids` its cache holds. Empty without Redis."""

@@ -121,6 +121,37 @@ async def test_a_suspect_is_not_offered_for_a_moment(world) -> None:
     assert all(view.ready for view in world.view.worker_views())
 
 
+def ready(world: World) -> dict[str, bool]:
+    return {view.id: view.ready for view in world.view.worker_views()}
+
+
+async def test_a_suspect_stays_one_while_redis_is_away_and_for_a_moment_after(world) -> None:
+    """It was killed just before Redis was, say: nobody will tell that it is gone."""
+    await world.announce(D1, D2)
+    world.membership.available = False
+    await world.view.refresh()
+    world.view.suspect(D1.key)
+    world.clock.advance(10 * SUSPICION_S)
+    assert ready(world) == {"d1": False, "d2": True}
+    world.membership.available = True
+    await world.announce(D2)
+    assert ready(world) == {"d1": False, "d2": True}
+    world.clock.advance(SUSPICION_S + 0.1)
+    await world.announce(D2)
+    assert ready(world) == {"d2": True}
+
+
+async def test_while_redis_is_away_a_suspect_that_nobody_can_replace_is_tried_again(world) -> None:
+    await world.announce(D1, D2, report("p", "prefill"))
+    world.membership.available = False
+    await world.view.refresh()
+    for suspect in (D1, D2, report("p", "prefill")):
+        world.view.suspect(suspect.key)
+    assert not any(ready(world).values())
+    world.clock.advance(SUSPICION_S + 0.1)
+    assert all(ready(world).values())
+
+
 async def offered(world: World, beat: int, after_s: float) -> bool:
     """Whether d1 is offered when its report with `beat` is read after some more time."""
     world.clock.advance(after_s)
