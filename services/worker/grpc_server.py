@@ -24,7 +24,7 @@ from services.worker.control import ControlService
 from services.worker.identity import WorkerIdentity
 from services.worker.lender import Lender
 from services.worker.metrics import WorkerMetrics
-from services.worker.transports import open_transports, parse_transports
+from services.worker.transports import OpenTransports, parse_transports
 
 _LAST_WORDS_S = 0.5  # for errors that are on their way when the server stops
 
@@ -39,6 +39,7 @@ class WorkerServer:
         metrics: WorkerMetrics,
         clock: Clock,
         network: Network,
+        open_transports: OpenTransports,
         on_role: Callable[[], None],
     ) -> None:
         self._config = config
@@ -50,6 +51,7 @@ class WorkerServer:
         self._memory = PoolMemory(identity.geometry, engine.pool)
         self._bounds = SequenceBounds(identity.files.config.vocab_size, identity.context_tokens_max)
         self._network = network
+        self._open_transports = open_transports
         self._server = network.new_server()
         self.leases = LeaseTable(clock, config.lease_ttl_s, self._lease_ended, self._memory.generation)
         self._on_role = on_role
@@ -62,7 +64,7 @@ class WorkerServer:
 
     async def start(self) -> None:
         """Raises ConfigError if the port is taken or no transport is here."""
-        self._transports = await open_transports(
+        self._transports = await self._open_transports(
             parse_transports(self._config.transports),
             self._identity.key.worker_id,
             self._identity.compatibility,

@@ -31,6 +31,7 @@ from services.worker.http import Check, StatusServer
 from services.worker.identity import WorkerIdentity, identify
 from services.worker.metrics import WorkerMetrics
 from services.worker.publisher import IndexPublisher
+from services.worker.transports import OpenTransports, open_transports
 
 _LIVE_S = 10.0  # an event loop that has not turned for this long is stuck
 _NOTICED_S = 0.4  # then all gateways know that this worker drains; they look every 100 ms
@@ -57,6 +58,7 @@ class Surroundings:
     index: PrefixIndex
     membership: Membership
     network: Network = TCP
+    open_transports: OpenTransports = open_transports
     clock: Clock = field(default_factory=SystemClock)
     new_engine: Callable[[int, Callable[[Report], None], Clock], EngineHandle] = EngineHandle
     new_status_server: Callable[[str, int, CollectorRegistry, dict[str, Check]], StatusServer] = StatusServer
@@ -95,6 +97,7 @@ class Worker:
             self._metrics,
             self._clock,
             self._surroundings.network,
+            self._surroundings.open_transports,
             on_role=self._announcer.changed,
         )
         await self._server.start()

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from services.core.block_hash import Compatibility
 from services.core.clock import Clock
@@ -35,6 +37,11 @@ class KvTransports:
         await self.reading.close()
         if self.nixl_source:
             self.nixl_source.close()
+
+
+OpenTransports = Callable[
+    [list[str], str, Compatibility, PoolMemory, Network, Clock], Coroutine[Any, Any, KvTransports]
+]
 
 
 async def open_transports(

@@ -20,6 +20,7 @@ from tests.sim.faults import Faults
 from tests.sim.gateway import HttpCall, SimGateway
 from tests.sim.loop import LoopClock, Process, Stuck, VirtualLoop
 from tests.sim.network import SimNetwork
+from tests.sim.one_sided import SharedMemory
 from tests.sim.store import SimStore
 from tests.sim.trace import Trace
 from tests.sim.worker import SimWorker, World
@@ -95,8 +96,10 @@ class _Run:
         clock = LoopClock(loop)
         network = SimNetwork(random.Random(f"network {seed}"), self.trace, self.bug)
         store = SimStore(clock, random.Random(f"store {seed}"))
+        shared = SharedMemory(network, random.Random(f"reads {seed}"))
         self.world = World(
-            loop, clock, rng, self.trace, network, store, self.bug, Pace.of(rng), build_engine=build_engine
+            *(loop, clock, rng, self.trace, network, store, shared, self.bug, Pace.of(rng)),
+            build_engine=build_engine,
         )
         self._sabotage = sabotage
 
@@ -172,6 +175,9 @@ class _Run:
     def _draw_settings(self) -> None:
         rng = self.rng
         self._block_sizes = rng.choice([[4], [8], [16], [4, 8, 16]])
+        # One-sided reads need equal blocks.
+        choices = ["grpc", "nixl,grpc", *(["nixl"] if len(self._block_sizes) == 1 else [])]
+        self._transports = rng.choice(choices)
         self._settings = {
             "sequences_max": rng.choice([4, 8, 16]),
             "waiting_max": rng.choice([2, 8, 32]),
@@ -190,6 +196,7 @@ class _Run:
             host=name,
             redis="simulated",
             block_size=block_size,
+            transports=self._transports,
             blocks=tokens // block_size,
             **self._settings,
         )
@@ -297,6 +304,7 @@ class _Run:
             self.result.faults["flip"] = self.world.network.flipped
         self.result.faults["client_leaves"] = self.result.outcomes["left"]
         self.result.events = self.world.events
+        self.result.events["one_sided_reads"] = self.world.shared.reads
 
 
 class _Answer:

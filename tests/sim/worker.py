@@ -21,10 +21,12 @@ from services.worker.main import Surroundings, Worker
 from tests.sim.engine import VOCAB, Pace, SimEngine
 from tests.sim.loop import Process, VirtualLoop
 from tests.sim.network import SimNetwork
+from tests.sim.one_sided import SharedMemory
 from tests.sim.store import SimStore, StoreClient
 from tests.sim.trace import Trace
 
 MODEL = "arithmetic"
+_LAST_TASKS_S = 1.0  # for the tasks of a process that has ended
 
 # Toy blocks are some 100 bytes, those of a real model up to several MB, with one block in a message.
 kv_server.CHUNK_BYTES = 64
@@ -40,6 +42,7 @@ class World:
     trace: Trace
     network: SimNetwork
     store: SimStore
+    shared: SharedMemory
     on_bug: Callable[[str], None]
     pace: Pace
     events: Counter[str] = field(default_factory=Counter)
@@ -65,6 +68,7 @@ class SimWorker:
             index=StoreClient(world.store, self.io, world.store.index),  # type: ignore[arg-type]
             membership=StoreClient(world.store, self.io, world.store.membership),  # type: ignore[arg-type]
             network=world.network.of(self.io),
+            open_transports=partial(world.shared.open, self.io),
             clock=world.clock,
             new_engine=self._new_engine,
             new_status_server=_NoStatusServer,  # type: ignore[arg-type]
@@ -163,10 +167,13 @@ class SimWorker:
         if io.dead:  # killed
             return
         self._world.trace.note(self.name, "has exited")
-        for left in io.tasks():
-            if left is not task:
-                self._world.on_bug(f"{self.name} left a task behind: {left.get_coro()}")
         self._die()
+        # What is left then is cancelled, as asyncio.run does; it may not resist.
+        self._world.loop.call_later(_LAST_TASKS_S, self._complain_of_tasks, io)
+
+    def _complain_of_tasks(self, io: Process) -> None:
+        for left in io.tasks():
+            self._world.on_bug(f"{self.name} left a task behind: {left.get_coro()}")
 
     def _die(self) -> None:
         self.io.kill()

@@ -28,6 +28,7 @@ from services.worker.config import WorkerConfig
 from services.worker.grpc_server import WorkerServer
 from services.worker.identity import WorkerIdentity
 from services.worker.metrics import WorkerMetrics
+from services.worker.transports import open_transports
 from tests.support.completions import MODEL, Answer, complete
 from tests.support.in_process_engine import VOCAB, InProcessEngine, compatibility
 from tests.support.scrape import Scrape
@@ -58,6 +59,7 @@ class InProcessWorker:
             self.metrics,
             SystemClock(),
             network,
+            open_transports,
             on_role=lambda: None,
         )
 
