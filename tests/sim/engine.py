@@ -105,6 +105,7 @@ class SimEngine(EngineHandle):
         self.pool = memoryview(bytearray(setup.geometry.shared_bytes))
         self.engine = self._build(setup, self.pool, self._stepping_clock, self._pace)
         self.engine.before_long_step = self._send_report
+        self.engine.before_long_step = self._send_report
 
     def send(self, command: Command) -> None:
         if not self.process.dead and not self._io.dead:

@@ -4,15 +4,20 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 
+import grpc.aio
+
 from services.core.errors import WorkerLost
 from services.gateway.attempts import EXCLUSION_S
 from services.transfer.lease import Lease
+from services.wire.generated import worker_pb2, worker_pb2_grpc
 from tests.sim.gateway import SimGateway
+from tests.sim.loop import Process
 from tests.sim.worker import SimWorker, World
 
 
@@ -25,6 +30,7 @@ class Faults:
     gateways: list[SimGateway]
     rng: random.Random
     mean_s: float
+    operator: Process
     counts: Counter[str] = field(default_factory=Counter)
     harms: list[float] = field(default_factory=list)  # when something could fail an attempt
     _over: bool = False
@@ -49,6 +55,7 @@ class Faults:
             "store_lost": (1, self._store_lost),
             "drain": (2, self._drain),
             "gateway_kill": (1, self._kill_gateway),
+            "role": (2, self._change_role),
         }
         names, weights = list(kinds), [weight for weight, _ in kinds.values()]
         self.world.network.on_pull = self._pulling
@@ -236,6 +243,26 @@ class Faults:
         self.world.trace.note(victim.name, "is asked to drain")
         victim.terminate(restart=True)
         return True
+
+    def _change_role(self) -> bool:
+        """Through the worker's Control service; somebody who decodes is left."""
+        victim = self._alive_worker()
+        if victim is None or not victim.address:
+            return False
+        role = self.rng.choice(["prefill", "decode", "both"])
+        others = [w for w in self.workers if w.alive and w is not victim and w.role != "prefill"]
+        if role == "prefill" and not others:
+            return False
+        self.world.trace.note(victim.name, f"is asked to change its role from {victim.role} to {role}")
+        self.operator.start(self._set_role(victim.name, victim.address, role))
+        return True
+
+    async def _set_role(self, worker_id: str, address: str, role: str) -> None:
+        channel = self.world.network.of(self.operator).open_channel(address)
+        request = worker_pb2.SetRoleRequest(worker_id=worker_id, role=role)
+        with suppress(grpc.aio.AioRpcError):
+            await worker_pb2_grpc.ControlStub(channel).SetRole(request, timeout=1.0)
+        await channel.close()
 
     def _two_workers(self) -> tuple[str, str]:
         names = [worker.name for worker in self.workers]

@@ -162,7 +162,9 @@ class _Run:
             request.at_s += 1.0  # when the workers are up
         self.result.requests = len(self.requests)
         mean_s = rng.choice([0.3, 0.8, 2.0])
-        self.faults = Faults(self.world, self.workers, self.gateways, rng, mean_s)
+        self.faults = Faults(
+            self.world, self.workers, self.gateways, rng, mean_s, Process(self.loop, "operator")
+        )
 
     def _roles(self) -> list[tuple[str, Any]]:
         rng = self.rng
@@ -185,7 +187,9 @@ class _Run:
             "lease_ttl_s": rng.choice([1.0, 3.0]),
             "pull_wait_s": rng.choice([3.0, 5.0]),
             "drain_grace_s": rng.choice([1.0, 5.0]),
-            "step_stalled_s": rng.choice([2.0, 5.0]),
+            "drain_handover_s": rng.choice([0.5, 2.0]),
+            "step_overdue_s": rng.choice([1.0, 2.5]),
+            "step_stalled_s": rng.choice([3.0, 8.0]),
         }
 
     def _worker_config(self, name: str, role: Any) -> WorkerConfig:

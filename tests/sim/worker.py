@@ -110,6 +110,16 @@ class SimWorker:
         self.stop.set()
 
     @property
+    def role(self) -> str:
+        return self.worker._incarnation.role
+
+    @property
+    def address(self) -> str:
+        """Of its gRPC server; empty until it has one."""
+        server = getattr(self.worker, "_server", None)
+        return server.address if hasattr(server, "_port") else ""
+
+    @property
     def engine_is_up(self) -> bool:
         return self.engine.engine is not None
 
