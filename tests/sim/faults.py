@@ -36,6 +36,7 @@ class Faults:
     _over: bool = False
     _outside: Context = field(default_factory=copy_context)  # of no process
     _ambush: list[Callable[[], None]] = field(default_factory=list)  # faults that wait for the next pull
+    _reuses_due: int = 0  # leases whose blocks are to be reused while they are read
     _healing: list[Callable[[], None]] = field(default_factory=list)
 
     async def run(self) -> None:
@@ -77,7 +78,9 @@ class Faults:
         """Those in ambush strike while KV moves."""
         if self._ambush and self.rng.random() < 0.3:
             after_s = self.rng.choice([0.0, self.rng.uniform(0.0, 0.002), self.rng.uniform(0.0, 0.05)])
-            self.world.loop.call_later(after_s, self._ambush.pop(), context=self._outside)
+            self._outside_call(after_s, self._ambush.pop())
+        if self._reuses_due and not self._over:
+            self._reuse_if_read()
 
     def heal(self) -> None:
         """End whatever lasts; nothing new goes wrong any more."""
@@ -192,19 +195,21 @@ class Faults:
 
     def _reuse_under_reader(self) -> bool:
         """Free and reuse the blocks of a lease whose reader is half way, and is not told."""
-        self.world.loop.create_task(self._wait_for_reader())
+        self._reuses_due += 1
         return False  # counted when blocks are reused
 
-    async def _wait_for_reader(self) -> None:
-        for _ in range(5_000):
-            for worker in self.workers:
-                for lease in _leases(worker):
-                    if lease.firsts and lease.holders > 0 and not self._over:
-                        self._expire(worker, lease)
-                        await asyncio.sleep(self.rng.uniform(0.0003, 0.002))
-                        self._reuse_blocks(worker)
-                        return
-            await asyncio.sleep(0.0003)
+    def _reuse_if_read(self) -> None:
+        for worker in self.workers:
+            for lease in _leases(worker):
+                if lease.firsts and lease.holders > 0:
+                    self._reuses_due -= 1
+                    self._expire(worker, lease)
+                    self._outside_call(self.rng.uniform(0.0003, 0.002), partial(self._reuse_blocks, worker))
+                    return
+
+    def _outside_call(self, after_s: float, call: Callable[[], object]) -> None:
+        """Not as part of the process that happens to run now."""
+        self.world.loop.call_later(after_s, call, context=self._outside)
 
     def _expire(self, worker: SimWorker, lease: Lease) -> None:
         self.world.trace.note(worker.name, f"the lease of {lease.transfer_id} expires")
