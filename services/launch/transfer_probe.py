@@ -18,9 +18,10 @@ import msgspec
 from services.core.block_hash import Compatibility
 from services.core.clock import SystemClock
 from services.core.errors import KvSourceLost, TransportUnavailable
+from services.core.malloc import keep_freed_memory
 from services.model.pool_geometry import PoolGeometry
 from services.transfer.destination import Destination
-from services.transfer.grpc_transport import KvTransferService
+from services.transfer.grpc_transport import serve_kv
 from services.transfer.lease import LeaseTable
 from services.transfer.nixl_source import NixlSource
 from services.transfer.pool_memory import PoolMemory
@@ -28,7 +29,6 @@ from services.transfer.protocol import FirstToken, KvSource, KvTransport
 from services.transfer.receive import Received, ReceiveObserver, receive_kv
 from services.transfer.server import KvServer
 from services.wire.channel import TCP, listen
-from services.wire.generated import transfer_pb2_grpc
 from services.worker.transports import KvTransports, open_transports
 
 _EPOCH = 1
@@ -81,6 +81,7 @@ class ProbeSource:
 
     async def __aenter__(self) -> "ProbeSource":
         """Raises KvSourceLost if the process does not come up."""
+        keep_freed_memory()  # as workers do
         command = [sys.executable, "-m", "services.launch.transfer_probe"]
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
@@ -173,7 +174,7 @@ class _Source:
 
     async def serve(self) -> str:
         server = TCP.new_server()
-        transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(self._kv), server)
+        serve_kv(self._kv, server)
         address = f"127.0.0.1:{listen(server, '127.0.0.1', 0)}"
         await server.start()
         self._server = server
@@ -192,6 +193,7 @@ class _Source:
 
 
 async def _main() -> None:
+    keep_freed_memory()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin

@@ -14,7 +14,9 @@ class Destination:
     tokens: int  # all of them
     held_tokens: int  # the leading ones that are here already; a multiple of the block size
 
-    def place(self, first_token: int, tokens: int, payload: bytes, block_size: int, after: int) -> int:
+    def place(
+        self, first_token: int, tokens: int, payload: bytes | memoryview, block_size: int, after: int
+    ) -> int:
         """Copy the KV of `tokens` tokens from `first_token` on out of whole blocks of `block_size` tokens.
 
         Those before `after` are in place already and stay as they are: their blocks may be shared.
@@ -33,7 +35,7 @@ class Destination:
             self.memory.write(blocks, memoryview(payload)[skipped * self.memory.block_bytes :])
         return start
 
-    def _check(self, first_token: int, end: int, payload: bytes, block_size: int) -> None:
+    def _check(self, first_token: int, end: int, payload: bytes | memoryview, block_size: int) -> None:
         geometry = self.memory.geometry
         blocks = -(-(end - first_token) // block_size)
         expected = blocks * block_size * geometry.rows * geometry.row_token_bytes

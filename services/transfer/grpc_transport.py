@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
-import google_crc32c
+import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from services.core.block_hash import Compatibility
 from services.core.errors import (
@@ -19,8 +21,10 @@ from services.core.errors import (
     KvSourceLost,
     WorkerLost,
 )
+from services.transfer.ahead import ahead
+from services.transfer.checksum import crc32c
 from services.transfer.destination import Destination
-from services.transfer.inline import place_inline
+from services.transfer.inline import Messages, place_inline
 from services.transfer.nixl_reach import Reach
 from services.transfer.protocol import Arrived, FirstToken, KvChunk, KvHeader, KvSource, LendOrder, PullOrder
 from services.transfer.server import KvServer
@@ -32,7 +36,10 @@ from services.wire.convert import (
     sampled_to_wire,
 )
 from services.wire.generated import transfer_pb2, transfer_pb2_grpc
+from services.wire.payload_frame import join_payload, split_payload
 
+_SERVICE, _PULL = "diptych.v1.KvTransfer", "Pull"
+_serialize = transfer_pb2.PullRequest.SerializeToString
 _RELEASE_DEADLINE_S = 1.0
 _CHANNELS_MAX = 256  # workers this one has pulled from; idle connections beyond that are closed
 
@@ -77,11 +84,13 @@ class GrpcKvTransport:
             transports=transports,
             reach=transfer_pb2.Reach(machine=reach.machine, rdma=reach.rdma) if reach else None,
         )
-        async with self._calling(source) as stub:
-            call = stub.Pull(request)
+        async with self._calling(source) as channel:
+            # Not the generated stub: the messages stay bytes until they are split.
+            call = channel.unary_stream(f"/{_SERVICE}/{_PULL}", _serialize, bytes)(request)
             try:
-                async for message in call:
-                    yield _message_from_wire(message, source)
+                async with aclosing(ahead(_received(call))) as messages:
+                    async for message in messages:
+                        yield _from_wire(message, source)
             finally:
                 call.cancel()
 
@@ -93,13 +102,14 @@ class GrpcKvTransport:
             epoch=source.epoch,
             compatibility=self._compatibility,
         )
-        async with self._calling(source) as stub:
-            reply = await stub.Lend(request)
+        async with self._calling(source) as channel:
+            reply = await transfer_pb2_grpc.KvTransferStub(channel).Lend(request)
             return int(reply.tokens)
 
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         request = transfer_pb2.ReleaseRequest(transfer_id=transfer_id, epoch=source.epoch)
-        async with self._calling(source) as stub:
+        async with self._calling(source) as channel:
+            stub = transfer_pb2_grpc.KvTransferStub(channel)
             reply = await stub.Release(request, timeout=_RELEASE_DEADLINE_S)
             return bool(reply.valid)
 
@@ -121,13 +131,13 @@ class GrpcKvTransport:
             await peer.channel.close()
 
     @asynccontextmanager
-    async def _calling(self, source: KvSource) -> AsyncIterator["transfer_pb2_grpc.KvTransferStub"]:
-        """A stub whose channel stays open for the block; its failures become errors of our tree."""
+    async def _calling(self, source: KvSource) -> AsyncIterator[grpc.aio.Channel]:
+        """A channel that stays open for the block; its failures become errors of our tree."""
         peer = self._peers.pop(source.address, None) or _Peer(self._network.open_channel(source.address))
         self._peers[source.address] = peer
         peer.calls += 1
         try:
-            yield transfer_pb2_grpc.KvTransferStub(peer.channel)
+            yield peer.channel
         except grpc.aio.AioRpcError as error:
             raise _source_error(error, source) from None
         finally:
@@ -141,7 +151,26 @@ class GrpcKvTransport:
             await self._peers.pop(address).channel.close()
 
 
-class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
+def serve_kv(kv: KvServer, server: grpc.aio.Server) -> None:
+    """Add the service KvTransfer to a gRPC server. As generated code does it, but for the messages of Pull,
+    which are bytes already."""
+    service = KvTransferService(kv)
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        _PULL: grpc.unary_stream_rpc_method_handler(service.Pull, transfer_pb2.PullRequest.FromString, bytes),
+        "Lend": grpc.unary_unary_rpc_method_handler(
+            service.Lend, transfer_pb2.LendRequest.FromString, transfer_pb2.LendReply.SerializeToString
+        ),
+        "Release": grpc.unary_unary_rpc_method_handler(
+            service.Release,
+            transfer_pb2.ReleaseRequest.FromString,
+            transfer_pb2.ReleaseReply.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+    server.add_registered_method_handlers(_SERVICE, handlers)
+
+
+class KvTransferService:
     """The source's side: a KvServer behind gRPC."""
 
     def __init__(self, server: KvServer) -> None:
@@ -150,8 +179,8 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
     async def Pull(
         self,
         request: transfer_pb2.PullRequest,
-        context: "grpc.aio.ServicerContext[transfer_pb2.PullRequest, transfer_pb2.KvMessage]",
-    ) -> AsyncIterator[transfer_pb2.KvMessage]:
+        context: "grpc.aio.ServicerContext[transfer_pb2.PullRequest, bytes]",
+    ) -> AsyncIterator[bytes]:
         order = PullOrder(
             transfer_id=request.transfer_id,
             first_token=request.first_token,
@@ -161,9 +190,13 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
             reach=Reach(request.reach.machine, request.reach.rdma) if request.HasField("reach") else None,
         )
         try:
-            async with aclosing(self._server.pull(order)) as messages:
-                async for message in messages:
-                    yield _message_to_wire(message)
+            async with (
+                aclosing(self._server.pull(order)) as messages,
+                aclosing(_as_wire(messages)) as encoded,
+                aclosing(ahead(encoded)) as sending,
+            ):
+                async for message in sending:
+                    yield message
         except DiptychError as error:
             await abort(context, error)
 
@@ -192,40 +225,47 @@ class KvTransferService(transfer_pb2_grpc.KvTransferServicer):
         return transfer_pb2.ReleaseReply(valid=self._server.release(request.transfer_id, request.epoch))
 
 
-def _message_to_wire(message: KvHeader | KvChunk) -> transfer_pb2.KvMessage:
+async def _received(
+    call: "grpc.aio.UnaryStreamCall[Any, bytes]",
+) -> AsyncGenerator[bytes, None]:
+    async for message in call:
+        yield message
+
+
+async def _as_wire(messages: Messages) -> AsyncGenerator[bytes, None]:
+    async for message in messages:
+        yield _to_wire(message)
+
+
+def _to_wire(message: KvHeader | KvChunk) -> bytes:
     if isinstance(message, KvHeader):
         header = transfer_pb2.KvHeader(
             block_size=message.block_size, nixl_pool=message.nixl_pool, obstacle=message.obstacle
         )
-        return transfer_pb2.KvMessage(header=header)
-    return transfer_pb2.KvMessage(chunk=_chunk_to_wire(message))
+        return transfer_pb2.KvMessage(header=header).SerializeToString()
+    chunk = transfer_pb2.KvChunk(
+        first_token=message.first_token,
+        tokens=message.tokens,
+        blocks=message.blocks,
+        crc32c=crc32c(message.payload),
+        firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in message.firsts],
+        exposed_ms=message.exposed_ms,
+    )
+    return join_payload(transfer_pb2.KvMessage(chunk=chunk), message.payload)
 
 
-def _message_from_wire(message: transfer_pb2.KvMessage, source: KvSource) -> KvHeader | KvChunk:
+def _from_wire(data: bytes, source: KvSource) -> KvHeader | KvChunk:
+    try:
+        message, payload = split_payload(data)
+    except DecodeError:
+        raise KvCorrupt(f"{source.worker_id} sent what is not a message") from None
     if message.HasField("header"):
         return KvHeader(message.header.block_size, message.header.nixl_pool, message.header.obstacle)
-    return _chunk_from_wire(message.chunk, source)
-
-
-def _chunk_to_wire(chunk: KvChunk) -> transfer_pb2.KvChunk:
-    return transfer_pb2.KvChunk(
-        first_token=chunk.first_token,
-        tokens=chunk.tokens,
-        payload=chunk.payload,
-        blocks=chunk.blocks,
-        crc32c=google_crc32c.value(chunk.payload),
-        firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in chunk.firsts],
-        exposed_ms=chunk.exposed_ms,
-    )
-
-
-def _chunk_from_wire(message: transfer_pb2.KvChunk, source: KvSource) -> KvChunk:
-    payload = message.payload
-    if google_crc32c.value(payload) != message.crc32c:
-        raise KvCorrupt(f"KV from {source.worker_id} failed its checksum at token {message.first_token}")
-    firsts = tuple(FirstToken(f.index, f.token, finish_from_wire(f.finish), f.choice) for f in message.firsts)
-    blocks = list(message.blocks)
-    return KvChunk(message.first_token, message.tokens, payload, firsts, message.exposed_ms, blocks)
+    chunk = message.chunk
+    if crc32c(payload) != chunk.crc32c:
+        raise KvCorrupt(f"KV from {source.worker_id} failed its checksum at token {chunk.first_token}")
+    firsts = tuple(FirstToken(f.index, f.token, finish_from_wire(f.finish), f.choice) for f in chunk.firsts)
+    return KvChunk(chunk.first_token, chunk.tokens, payload, firsts, chunk.exposed_ms, list(chunk.blocks))
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError:

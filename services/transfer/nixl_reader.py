@@ -25,11 +25,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
 from services.core.errors import DiptychError, KvLinkLost, TransportUnavailable
+from services.transfer.ahead import until_done
 from services.transfer.nixl_agent import NixlAgent, Range
 
 _PAUSE_MIN_S, _PAUSE_MAX_S = 50e-6, 1e-3  # between polls, doubling
@@ -240,18 +240,3 @@ def _settle(future: "Future[None]", job: Callable[[], object]) -> None:
         future.set_exception(error)
     else:
         future.set_result(None)
-
-
-async def until_done(future: "asyncio.Future[Any]", then_cancel: bool = True) -> None:
-    """Wait for the end of something that must end first, whoever cancels the waiting. How it ended is
-    the business of others. A cancellation that came meanwhile is raised afterwards, if wanted."""
-    cancelled = False
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            cancelled = True
-    if not future.cancelled():
-        future.exception()
-    if cancelled and then_cancel:
-        raise asyncio.CancelledError

@@ -13,12 +13,13 @@ import msgspec
 
 from services.core.clock import Clock
 from services.core.errors import KvCorrupt, KvLinkLost
+from services.transfer.ahead import next_of, until_done
 from services.transfer.destination import Destination
 from services.transfer.grpc_transport import GrpcKvTransport
 from services.transfer.inline import Messages, as_chunk, place_chunks, read_header
 from services.transfer.nixl_agent import Range
 from services.transfer.nixl_reach import Reach, reach_from_here
-from services.transfer.nixl_reader import NixlReader, RemotePool, until_done
+from services.transfer.nixl_reader import NixlReader, RemotePool
 from services.transfer.protocol import Arrived, KvChunk, KvHeader, KvSource
 
 _AVOID_S = 30.0  # a source whose reads failed is read over gRPC for so long
@@ -86,10 +87,10 @@ class NixlKvTransport:
     ) -> AsyncGenerator[Arrived, None]:
         """While one chunk is read, the next is asked for: that also shows when the source is gone."""
         pool = self._remote_pool(source, header, destination)
-        upcoming = _next(messages)
+        upcoming = next_of(messages)
         try:
             while (message := await upcoming) is not None:
-                upcoming = _next(messages)
+                upcoming = next_of(messages)
                 chunk = as_chunk(message)
                 start = min(max(chunk.first_token, first_token), chunk.end)
                 ranges = _ranges(chunk, start, destination)
@@ -180,7 +181,3 @@ def _ranges(chunk: KvChunk, start: int, destination: Destination) -> list[Range]
     except IndexError:
         raise KvCorrupt(f"{chunk} lacks blocks") from None
     return merge(pairs, destination.memory.block_bytes)
-
-
-def _next(messages: Messages) -> "asyncio.Future[KvHeader | KvChunk | None]":
-    return asyncio.ensure_future(anext(messages, None))

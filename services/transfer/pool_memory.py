@@ -44,7 +44,7 @@ class PoolMemory:
         block_ids: Sequence[int],
         start: int,
         end: int,
-        payload: bytes,
+        payload: bytes | memoryview,
         first_token: int,
         block_size: int,
     ) -> None:

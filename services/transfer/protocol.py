@@ -85,7 +85,7 @@ class KvChunk:
 
     first_token: int  # a multiple of the source's block size
     tokens: int
-    payload: bytes = b""
+    payload: bytes | memoryview = b""
     firsts: tuple[FirstToken, ...] = ()  # in the last chunk of a prefill only: one of each choice
     exposed_ms: float = 0.0  # in the last chunk only: from the end of the prefill to its sending
     blocks: Sequence[int] = ()  # instead of a payload: where they are in the source's pool

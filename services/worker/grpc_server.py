@@ -13,12 +13,12 @@ from services.engine.messages import Fetched, Landed
 from services.engine.submission import SequenceBounds
 from services.prefill.service import PrefillService
 from services.transfer.fetch import FetchObserver, PrefixFetched, PrefixFetcher
-from services.transfer.grpc_transport import KvTransferService
+from services.transfer.grpc_transport import serve_kv
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.server import KvServer
 from services.wire.channel import Network, listen
-from services.wire.generated import transfer_pb2_grpc, worker_pb2_grpc
+from services.wire.generated import worker_pb2_grpc
 from services.worker.config import WorkerConfig
 from services.worker.control import ControlService
 from services.worker.identity import WorkerIdentity
@@ -126,7 +126,7 @@ class WorkerServer:
             self._metrics.on_sent,
             self._transports.nixl_source,
         )
-        transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(kv), self._server)
+        serve_kv(kv, self._server)
 
     def _add_decode(self) -> DecodeService:
         parts = DecodeParts(

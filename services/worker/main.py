@@ -15,6 +15,7 @@ from services.core.child_tasks import ChildTasks
 from services.core.clock import Clock, SystemClock
 from services.core.errors import EngineFailed, StoreUnavailable, WorkerLost
 from services.core.log import setup_logging
+from services.core.malloc import keep_freed_memory
 from services.core.worker_report import State, WorkerReport
 from services.engine.handle import EngineHandle
 from services.engine.incarnation import BEAT_S, Incarnation, random_epoch
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 def run(config: WorkerConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ModelFileError, ConfigError or EngineFailed."""
     setup_logging("worker")
+    keep_freed_memory()
     identity = identify(config)
     asyncio.run(_serve(config, identity))
 

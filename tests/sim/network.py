@@ -23,6 +23,7 @@ import grpc
 import grpc.aio
 
 from services.wire.channel import Network
+from services.wire.generated import transfer_pb2
 from tests.sim.loop import Process
 from tests.sim.trace import Trace
 
@@ -436,6 +437,8 @@ class SimCall:
 
 def _longest_bytes(message: Any) -> bytes:
     """The longest value of type bytes in a protobuf message: the payload, if it carries KV."""
+    if isinstance(message, bytes):  # a pull's reader takes its messages as they come
+        message = transfer_pb2.KvMessage.FromString(message)
     longest = b""
     for _, value in message.ListFields():
         if isinstance(value, bytes):

@@ -16,13 +16,13 @@ from services.engine.messages import Fetched, Landed, Report
 from services.engine.submission import SequenceBounds
 from services.prefill.service import PrefillService
 from services.transfer.fetch import FetchObserver, PrefixFetched, PrefixFetcher
-from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
+from services.transfer.grpc_transport import GrpcKvTransport, serve_kv
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.receive import Received
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server, open_channel
-from services.wire.generated import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from services.wire.generated import worker_pb2, worker_pb2_grpc
 from services.worker.lender import Lender
 from tests.support.in_process_engine import InProcessEngine, compatibility
 
@@ -78,7 +78,7 @@ class KvSide:
         )
 
     def attach(self, server: grpc.aio.Server) -> None:
-        transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(self._server), server)
+        serve_kv(self._server, server)
 
     def _on_report(self, report: Report) -> None:
         self.computed_tokens += report.step.prefill_tokens if report.step else 0

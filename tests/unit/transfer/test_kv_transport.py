@@ -21,18 +21,17 @@ from services.core.errors import (
 )
 from services.transfer import grpc_transport
 from services.transfer.destination import Destination
-from services.transfer.grpc_transport import GrpcKvTransport, KvTransferService
+from services.transfer.grpc_transport import GrpcKvTransport, serve_kv
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.memory_transport import MemoryKvTransport
 from services.transfer.nixl_reader import NixlReader
 from services.transfer.nixl_source import NixlSource
 from services.transfer.nixl_transport import NixlKvTransport
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import FirstToken, KvSource, KvTransport, NixlOffer
+from services.transfer.protocol import FirstToken, KvChunk, KvSource, KvTransport, NixlOffer
 from services.transfer.receive import Received, ReceiveObserver, receive_kv, receive_lent
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server
-from services.wire.generated import transfer_pb2_grpc
 from tests.support.in_process_engine import compatibility, geometry
 
 BLOCKS, SIZE, TOKENS, EPOCH = 16, 4, 22, 77
@@ -98,7 +97,7 @@ async def memory_transport(source: Source, ours: Compatibility) -> AsyncIterator
 @asynccontextmanager
 async def grpc_transport_pair(source: Source, ours: Compatibility) -> AsyncIterator[tuple[KvTransport, str]]:
     server = new_server()
-    transfer_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(source.server), server)
+    serve_kv(source.server, server)
     port = listen(server, "127.0.0.1", 0)
     await server.start()
     transport = GrpcKvTransport(ours)
@@ -365,14 +364,14 @@ class FlippingLink:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, flips: int) -> None:
         self.flips = flips
-        self._honest = grpc_transport._chunk_to_wire
-        monkeypatch.setattr(grpc_transport, "_chunk_to_wire", self._flip)
+        self._honest = grpc_transport._to_wire
+        monkeypatch.setattr(grpc_transport, "_to_wire", self._flip)
 
     def _flip(self, chunk):  # type: ignore[no-untyped-def]
         message = self._honest(chunk)
-        if message.payload and self.flips:
+        if isinstance(chunk, KvChunk) and chunk.payload and self.flips:
             self.flips -= 1
-            message.payload = message.payload[:-1] + bytes([message.payload[-1] ^ 1])
+            message = message[:-1] + bytes([message[-1] ^ 1])
         return message
 
 
