@@ -4,7 +4,8 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := services router kernels loadtest tests
 
-.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel clean
+.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
+	bench-transfer clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -68,6 +69,10 @@ bench-fetch: setup
 # From a client's hanging up to the last block freed on both workers.
 bench-cancel: setup
 	@$(PY) -m tests.bench.cancel
+
+# How fast KV moves between two processes, beside what memory, sockets, gRPC and NIXL themselves can do.
+bench-transfer: setup
+	@$(PY) -m tests.bench.transfer $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
