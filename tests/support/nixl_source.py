@@ -7,8 +7,11 @@ prints its RemotePool as JSON and lives until its stdin is closed.
 
 import mmap
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import TracebackType
 
 import msgspec
@@ -29,11 +32,26 @@ class NixlSourceProcess:
     def __enter__(self) -> "NixlSourceProcess":
         return self
 
+    def stop(self) -> None:
+        """SIGSTOP; returns when none of its threads runs any more."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        while any(_state(task) != "T" for task in tasks.iterdir()):
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def _state(task: Path) -> str:
+    """Of a thread; see proc(5)."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def shared_memory(size: int) -> memoryview:

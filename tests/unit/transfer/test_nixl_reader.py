@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -79,14 +78,14 @@ async def test_nothing_lands_after_a_cancelled_read_has_ended(
     monkeypatch.setattr(nixl_reader, "_GIVEN_UP_S", 0.3)
     with NixlSourceProcess(BLOCKS, BLOCK_BYTES) as source:
         await reader.read(source)
-        source.process.send_signal(signal.SIGSTOP)
+        source.stop()
         reading = asyncio.create_task(reader.read(source))
         await asyncio.sleep(0.2)
         assert reading.done() == (transport == "best"), "the kernel copies from a stopped process; TCP cannot"
         reading.cancel()
         await asyncio.wait([reading])
         reader.memory[:] = bytes(len(reader.memory))
-        source.process.send_signal(signal.SIGCONT)
+        source.resume()
         await asyncio.sleep(0.5)
         assert reader.blocks() == [0] * BLOCKS, "a block was written after its read had ended"
 
@@ -99,7 +98,7 @@ async def test_a_read_that_makes_no_progress_fails_by_itself(
     monkeypatch.setattr(nixl_reader, "_STUCK_S", 0.3)
     with NixlSourceProcess(BLOCKS, BLOCK_BYTES) as source:
         await reader.read(source)
-        source.process.send_signal(signal.SIGSTOP)
+        source.stop()
         with pytest.raises(KvLinkLost, match="no read got done"):
             await reader.read(source)
 
