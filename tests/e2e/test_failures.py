@@ -23,6 +23,7 @@ LONG_PROMPT = [n * 7919 % 40_000 + 100 for n in range(1200)]  # its prefill take
 TOKENS = 120
 KILL_AFTER = 20  # tokens
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+PENALIZED = SAMPLED | {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ async def busy_worker(cluster: RunningCluster, role: str) -> str:
     return busy[0]
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [{}, SAMPLED, PENALIZED], ids=["greedy", "sampled", "penalized"])
 @pytest.mark.parametrize("part", ["", " engine"], ids=["worker", "engine"])
 async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
     cluster: RunningCluster, part: str, sampling: dict
@@ -115,6 +116,39 @@ async def test_a_request_goes_elsewhere_when_a_worker_is_killed_during_its_prefi
     check_undisturbed(answer, undisturbed)
     assert answer.timings["attempts"] == 2
     assert answer.timings[f"{role}_worker"] not in (killed, None)
+    await cluster.until_said(f"{killed} is ready again", after=said)
+
+
+@pytest.mark.parametrize("part", ["", " engine"], ids=["worker", "engine"])
+async def test_a_request_goes_elsewhere_when_its_prefill_worker_stands_still(
+    cluster: RunningCluster, part: str
+) -> None:
+    body = greedy(LONG_PROMPT, 8) | {"cache_salt": f"stopped {part}"}
+    async with cluster.http() as http:
+        undisturbed = await complete(http, body | {"cache_salt": "undisturbed"})
+        answering = asyncio.create_task(complete(http, body))
+        stopped = await busy_worker(cluster, "prefill")
+        process = cluster.processes()[stopped + part]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            answer = await answering
+        finally:
+            process.send_signal(signal.SIGCONT)
+    check_undisturbed(answer, undisturbed)
+    assert answer.timings["prefill_worker"] != stopped
+
+
+async def test_a_drawn_seed_is_kept_when_the_decode_worker_is_killed(cluster: RunningCluster) -> None:
+    said, body = len(cluster.said), greedy(PROMPT, TOKENS) | {"temperature": 1.0}
+    reached = asyncio.Event()
+    async with cluster.http() as http:
+        streaming = asyncio.create_task(streamed(http, body, KILL_AFTER, lambda _: reached.set()))
+        await reached.wait()
+        killed = await busy_worker(cluster, "decode")
+        cluster.processes()[killed].kill()
+        answer = await streaming
+        assert answer.timings["attempts"] == 2
+        check_undisturbed(answer, await complete(http, body | {"seed": answer.timings["seed"]}))
     await cluster.until_said(f"{killed} is ready again", after=said)
 
 

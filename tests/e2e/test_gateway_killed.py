@@ -1,0 +1,85 @@
+"""A gateway is killed: its clients lose their connections, and nothing else is lost.
+
+Two gateways share the workers and one Valkey. A retry at the other one finds the prompt in the prefix
+cache, because what the workers hold is known to every gateway.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from services.core.parent_death import dying_with_parent
+from services.launch.cluster import claim_port
+from tests.e2e.conftest import Clusters
+from tests.e2e.test_failures import streamed
+from tests.support.cluster import REQUEST_TIMEOUT_S, ROOT, ClusterSpec, RunningCluster, until
+from tests.support.completions import complete, greedy
+
+SPEC = ClusterSpec(prefill=1, decode=1, split="always", blocks=400)
+PROMPT = [n * 31 % 40_000 + 200 for n in range(300)]
+BLOCK_TOKENS = 16
+TOKENS = 60
+QUIET_S = 5.0  # the workers must not wait for leases or timeouts before they let go
+
+
+class Gateway:
+    """A second gateway of a running cluster, as a process of its own."""
+
+    def __init__(self, cluster: RunningCluster) -> None:
+        port = claim_port("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "services.launch.cli", "gateway", "--port", str(port)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DIPTYCH_GATEWAY__REDIS": cluster.state.redis_url,
+            "DIPTYCH_GATEWAY__ROUTE_SPLIT": "always",
+        }
+        self.process = subprocess.Popen(
+            dying_with_parent(command, 9), env=environment, stderr=subprocess.DEVNULL
+        )
+
+    def http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=REQUEST_TIMEOUT_S)
+
+    @property
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health/ready", trust_env=False).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+
+@pytest.fixture
+def cluster(clusters: Clusters) -> RunningCluster:
+    return clusters.get_only(SPEC)
+
+
+@pytest.fixture
+def other(cluster: RunningCluster) -> Iterator[Gateway]:
+    other = Gateway(cluster)
+    yield other
+    other.process.kill()
+    other.process.wait()
+
+
+async def test_a_retry_at_another_gateway_finds_the_prefix_cache(
+    cluster: RunningCluster, other: Gateway
+) -> None:
+    await until(lambda: other.is_ready, 60, lambda: "the second gateway did not get ready")
+    body = greedy(PROMPT, TOKENS)
+    async with other.http() as http:
+        with pytest.raises(httpx.TransportError):
+            await streamed(http, body, 5, lambda _: other.process.kill())
+    await cluster.await_quiet(QUIET_S)
+    async with cluster.http() as http:
+        answer = await complete(http, body)
+        fresh = await complete(http, body | {"cache_salt": "undisturbed"})
+    whole_blocks = len(PROMPT) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert answer.usage["prompt_tokens_details"]["cached_tokens"] >= whole_blocks - BLOCK_TOKENS
+    assert fresh.usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert answer.token_ids == fresh.token_ids
