@@ -101,7 +101,7 @@ class SimEngine(EngineHandle):
 
     async def start(self, setup: EngineSetup) -> None:
         await self._clock.sleep(self._rng.uniform(0.05, 0.5))  # loads the model
-        self._block_bytes = setup.geometry.block_bytes
+        self.block_bytes = setup.geometry.block_bytes
         self.pool = memoryview(bytearray(setup.geometry.shared_bytes))
         self.engine = self._build(setup, self.pool, self._stepping_clock, self._pace)
         self.engine.before_long_step = self._send_report
@@ -123,6 +123,10 @@ class SimEngine(EngineHandle):
     def check(self) -> None:
         if self.engine is not None and not self.process.dead:
             self.engine.check_integrity()
+
+    def owns(self, block: int) -> bool:
+        """Whether a sequence has the block; True when there is no engine to ask."""
+        return self.engine is None or self.process.dead or self.engine._pool._references[block] > 0
 
     def reuse_blocks(self) -> bool:
         """Write over every block that nobody owns, as a burst of other work does. False: there is none."""
@@ -180,7 +184,7 @@ class SimEngine(EngineHandle):
             self._wake()
 
     def _overwrite(self, block: int) -> None:
-        size = self._block_bytes
+        size = self.block_bytes
         self.pool[block * size : (block + 1) * size] = b"\x55" * size
 
     def _send_report(self) -> None:

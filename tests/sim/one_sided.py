@@ -7,7 +7,7 @@ when the process is gone or the link is cut. Like NixlReader, it ends only when 
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,7 +27,7 @@ from services.worker.transports import KvTransports
 from tests.sim.loop import Process
 from tests.sim.network import SimNetwork
 
-_PIECE_S = (0.0001, 0.002)  # to copy one range
+_PIECE_S = (0.0001, 0.004)  # to copy one range
 _FAILS_AFTER_S = 0.5
 _HERE = Reach("the simulated machine", rdma=False)
 
@@ -51,6 +51,7 @@ class SharedMemory:
     async def open(
         self,
         process: Process,
+        before_write: Callable[[int, int], None],
         names: list[str],
         worker_id: str,
         compatibility: Compatibility,
@@ -58,11 +59,12 @@ class SharedMemory:
         network: Network,
         clock: Clock,
     ) -> KvTransports:
-        """services.worker.transports.open_transports, for one simulated worker."""
+        """services.worker.transports.open_transports, for one simulated worker. `before_write(start, end)`
+        hears which bytes of its pool a read is about to write."""
         grpc = GrpcKvTransport(compatibility, network)
         if "nixl" not in names:
             return KvTransports(grpc, None)
-        reader = _Reader(self, process, memory.pool)
+        reader = _Reader(self, process, memory.pool, before_write)
         reading = NixlKvTransport(grpc, reader, names, clock, _HERE)  # type: ignore[arg-type]
         return KvTransports(reading, _Source(self.register(process, memory.pool), memory))  # type: ignore[arg-type]
 
@@ -70,8 +72,15 @@ class SharedMemory:
 class _Reader:
     """NixlReader's part."""
 
-    def __init__(self, shared: SharedMemory, process: Process, memory: memoryview) -> None:
+    def __init__(
+        self,
+        shared: SharedMemory,
+        process: Process,
+        memory: memoryview,
+        before_write: Callable[[int, int], None],
+    ) -> None:
         self._shared, self._process, self._memory = shared, process, memory
+        self._before_write = before_write
         self._copying: set[asyncio.Task[None]] = set()
 
     async def read(self, worker_id: str, pool: RemotePool, ranges: Sequence[Range]) -> None:
@@ -98,6 +107,7 @@ class _Reader:
                 await asyncio.sleep(_FAILS_AFTER_S)
                 raise KvLinkLost(f"the simulated read from {source.name} failed")
             if not self._process.dead:
+                self._before_write(one.local, one.local_end)
                 self._memory[one.local : one.local_end] = memory[one.remote : one.remote_end]
 
 

@@ -68,7 +68,7 @@ class SimWorker:
             index=StoreClient(world.store, self.io, world.store.index),  # type: ignore[arg-type]
             membership=StoreClient(world.store, self.io, world.store.membership),  # type: ignore[arg-type]
             network=world.network.of(self.io),
-            open_transports=partial(world.shared.open, self.io),
+            open_transports=partial(world.shared.open, self.io, self._check_owned),
             clock=world.clock,
             new_engine=self._new_engine,
             new_status_server=_NoStatusServer,  # type: ignore[arg-type]
@@ -161,6 +161,13 @@ class SimWorker:
         if self.engine.sequences > bound:
             return f"{self.name}: {self.engine.sequences} sequences"
         return None
+
+    def _check_owned(self, start: int, end: int) -> None:
+        """Nothing may write into a block that was given back."""
+        size = self.engine.block_bytes
+        for block in range(start // size, -(-end // size)):
+            if not self.engine.owns(block):
+                self._world.on_bug(f"{self.name}: a read writes into block {block}, which nobody owns")
 
     async def _live(self) -> None:
         try:
