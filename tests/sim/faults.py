@@ -33,6 +33,7 @@ class Faults:
     operator: Process
     counts: Counter[str] = field(default_factory=Counter)
     harms: list[float] = field(default_factory=list)  # when something could fail an attempt
+    disturbances: int = 0  # faults so far
     _over: bool = False
     _outside: Context = field(default_factory=copy_context)  # of no process
     _ambush: list[Callable[[], None]] = field(default_factory=list)  # faults that wait for the next pull
@@ -55,7 +56,9 @@ class Faults:
             "store_away": (1, self._store_away),
             "store_lost": (1, self._store_lost),
             "drain": (2, self._drain),
+            "store_cut": (1, self._cut_store),
             "gateway_kill": (1, self._kill_gateway),
+            "gateway_stall": (1, self._stall_gateway),
             "role": (2, self._change_role),
         }
         names, weights = list(kinds), [weight for weight, _ in kinds.values()]
@@ -72,6 +75,7 @@ class Faults:
     def _inflict(self, name: str, fault: Callable[[], bool]) -> None:
         if not self._over and fault():
             self.counts[name] += 1
+            self.disturbances += 1
             self.harms.append(self.world.clock.now())
 
     def _pulling(self) -> None:
@@ -87,6 +91,11 @@ class Faults:
         self._over = True
         while self._healing:
             self._healing[0]()
+
+    @property
+    def lasting(self) -> bool:
+        """Whether some fault has not ended yet."""
+        return bool(self._healing)
 
     def _until_later(self, heal: Callable[[], None], lasts_s: float) -> None:
         """Call `heal` after `lasts_s`, or when `heal()` comes before."""
@@ -178,12 +187,12 @@ class Faults:
         return True
 
     def _delay(self) -> bool:
-        one, other = self._two_workers()
+        one, other = self.rng.sample([self.rng.choice(self.gateways).name, *self._two_workers()], 2)
         delay_s, lasts_s = self.rng.choice([0.01, 0.1, 0.5]), self._lasting()
         self.world.trace.note(f"{one}-{other}", f"the link is {delay_s} s slower for {lasts_s:.2f} s")
         self.world.network.link(one, other).extra_s = delay_s
         self._until_later(lambda: self.world.network.mend(one, other), lasts_s)
-        return one != other
+        return True
 
     def _expire_leases(self) -> bool:
         """End leases as if their time had come, though somebody works under them."""
@@ -239,6 +248,30 @@ class Faults:
         self.world.trace.note("store", f"is away for {lasts_s:.2f} s" + (" and loses all" if empty else ""))
         store.go_away(hangs=self.rng.random() < 0.5)
         self._until_later(lambda: store.come_back(empty=empty), lasts_s)
+        return True
+
+    def _cut_store(self) -> bool:
+        """One process alone loses the store: the others take a worker for dead that is not."""
+        name = self.rng.choice([*self.workers, *self.gateways]).name
+        cut_off = self.world.store.cut_off
+        if name in cut_off:
+            return False
+        lasts_s = self._lasting()
+        self.world.trace.note(name, f"cannot reach the store for {lasts_s:.2f} s")
+        cut_off.add(name)
+        self._until_later(lambda: cut_off.discard(name), lasts_s)
+        return True
+
+    def _stall_gateway(self) -> bool:
+        victim = self.rng.choice(self.gateways)
+        if not victim.alive or victim.process.stopped:
+            return False
+        lasts_s = self._lasting()
+        self.world.trace.note(victim.name, f"stops for {lasts_s:.2f} s")
+        process = victim.process
+        process.stop()
+        self.world.network.stopped(process)
+        self._until_later(process.resume, lasts_s)
         return True
 
     def _drain(self) -> bool:

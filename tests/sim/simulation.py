@@ -31,6 +31,7 @@ ATTEMPTS_MAX = 6
 # Errors that tell a client to come back later. Others are excused by as many faults as there are attempts;
 # the deadline never is: long before it, all faults are over and everything works.
 CAPACITY_ERRORS = frozenset({"overloaded", "no_worker"})
+LEFT_S = 1.5  # the longest step is shorter
 QUIET_S = 12.0  # after which every lease, wait and keepalive is over
 
 
@@ -180,6 +181,7 @@ class _Run:
         # One-sided reads need equal blocks.
         choices = ["grpc", "nixl,grpc", *(["nixl"] if len(self._block_sizes) == 1 else [])]
         self._transports = rng.choice(choices)
+        self._port = rng.choice([0, 7000])  # a restarted worker may have its old address
         self._settings = {
             "sequences_max": rng.choice([4, 8, 16]),
             "waiting_max": rng.choice([2, 8, 32]),
@@ -198,6 +200,7 @@ class _Run:
             role=role,
             worker_id=name,
             host=name,
+            port=self._port,
             redis="simulated",
             block_size=block_size,
             transports=self._transports,
@@ -219,6 +222,7 @@ class _Run:
             gateway.open(f"{request.name}-{number}", call)
             if not await self._wait(call, request):
                 self._ended(request, "left")
+                self.loop.call_later(LEFT_S, self._check_left, request, self.faults.disturbances)
                 return
             if call.whole:
                 self._ended(request, self._outcome(request, call))
@@ -266,6 +270,15 @@ class _Run:
             self.bug(f"{request.name} failed with {error} after only {suffered} faults")
 
     # Checks
+
+    def _check_left(self, request: Request, disturbances: int) -> None:
+        """A request whose client is gone is worked on no more, unless a fault kept the news from somebody."""
+        if self.faults.disturbances != disturbances or self.faults.lasting:
+            return
+        for worker in self.workers:
+            for seq_id in worker.sequences():
+                if seq_id.startswith(f"{request.name}-"):
+                    self.bug(f"{worker.name} works on {seq_id} though its client has left")
 
     async def _watch(self) -> None:
         """Bounds that hold at any moment."""

@@ -19,6 +19,7 @@ class SimStore:
         self.index = MemoryPrefixIndex(clock)
         self.away = False
         self.hangs = False  # while away: nobody answers, instead of a refusal at once
+        self.cut_off: set[str] = set()  # names of processes that cannot reach it
         self._rng = rng
 
     def go_away(self, *, hangs: bool) -> None:
@@ -39,9 +40,10 @@ class SimStore:
 
     async def _travel(self, process: Process) -> None:
         await asyncio.sleep(self._rng.uniform(0.0001, 0.001))
-        if self.away and self.hangs:
+        away = self.away or process.name in self.cut_off
+        if away and self.hangs:
             await asyncio.sleep(_TIMEOUT_S)
-        if self.away or process.dead:
+        if away or process.dead:
             raise StoreUnavailable("the simulated store is away")
 
 

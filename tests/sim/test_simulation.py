@@ -18,6 +18,11 @@ from tests.sim.network import SimCall
 from tests.sim.simulation import simulate
 
 SEEDS = 300
+FAULTS = [
+    *("kill", "engine_kill", "gateway_kill", "stall", "engine_stall", "gateway_stall", "drain", "role"),
+    *("cut_gateway", "cut_workers", "silence", "delay", "flip", "lease_expiry", "reuse"),
+    *("store_away", "store_lost", "store_cut", "client_leaves"),
+]
 
 
 def python_m_sim(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,9 +34,7 @@ def test_clusters_survive_whatever_happens_to_them() -> None:
     done = python_m_sim("--seeds", str(SEEDS), "--processes", "2")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    for fault in ("kill", "engine_kill", "stall", "engine_stall", "cut_gateway", "cut_workers", "silence",
-                  "delay", "lease_expiry", "flip", "store_away", "store_lost", "drain", "gateway_kill",
-                  "client_leaves"):  # fmt: skip
+    for fault in FAULTS:
         assert f" {fault}" in done.stdout, f"no seed brought about {fault}"
 
 

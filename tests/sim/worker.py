@@ -147,6 +147,11 @@ class SimWorker:
             found.append(f"pulls parked when quiet: {list(self.leases._parked)}")
         return [f"{self.name}: {complaint}" for complaint in found]
 
+    def sequences(self) -> list[str]:
+        """The ids of those that its engine has."""
+        engine = self.engine.engine
+        return list(engine._sequences) if engine is not None and self.alive else []
+
     def overfull(self) -> str | None:
         """A queue above its bound, if there is one."""
         engine = self.engine.engine
