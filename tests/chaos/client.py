@@ -40,8 +40,10 @@ class Reply:
         return self.arrivals_s[0] - self.sent_s if self.arrivals_s else None
 
     @property
-    def longest_pause_s(self) -> float:
-        return max((later - earlier for earlier, later in itertools.pairwise(self.arrivals_s)), default=0.0)
+    def longest_pause(self) -> tuple[float, float]:
+        """Its length in seconds, and the moment it began."""
+        gaps = ((later - earlier, earlier) for earlier, later in itertools.pairwise(self.arrivals_s))
+        return max(gaps, default=(0.0, 0.0))
 
     @property
     def usage_mistake(self) -> str:

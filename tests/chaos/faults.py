@@ -57,7 +57,8 @@ class Ward:
     """Which workers are well: seen by the gateway as ready in their present life, and not struck.
 
     One that was struck is well again when the gateway has listed it for SETTLED_S as ready and its own
-    health check says so, in a new life if it had to die.
+    health check says so, in a new life if it had to die; and only once the gateway has heard of it again
+    since: one that stood still may be another incarnation than the gateway knows.
     """
 
     def __init__(self, cluster: RunningCluster, http: httpx.AsyncClient) -> None:
@@ -69,6 +70,8 @@ class Ward:
         self._dead_epochs: dict[str, int] = {}  # the last life of a worker that was to die
         self._well_since: dict[str, float] = {}
         self._epochs: dict[str, int] = {}
+        self._beats: dict[str, int] = {}  # of the reports that the gateway has
+        self._beats_when_struck: dict[str, int] = {}
 
     @property
     def well(self) -> set[str]:
@@ -87,6 +90,7 @@ class Ward:
 
     def blow_ended(self, worker: str) -> None:
         self._struck.discard(worker)
+        self._beats_when_struck[worker] = self._beats.get(worker, 0)
 
     async def watch(self) -> None:
         """Look at the cluster for ever."""
@@ -109,7 +113,9 @@ class Ward:
         except httpx.HTTPError:
             return set()
         candidates = {report["worker_id"]: report for report in listed if report["state"] == "ready"}
-        alive = [w for w, r in candidates.items() if r["epoch"] != self._dead_epochs.get(w)]
+        self._beats |= {worker: report["beat"] for worker, report in candidates.items()}
+        heard = [w for w in candidates if self._beats[w] != self._beats_when_struck.get(w)]
+        alive = [w for w in heard if candidates[w]["epoch"] != self._dead_epochs.get(w)]
         checks = await asyncio.gather(*(self._says_ready(candidates[worker]) for worker in alive))
         self._epochs |= {worker: candidates[worker]["epoch"] for worker in alive}
         return {worker for worker, ready in zip(alive, checks, strict=True) if ready}
@@ -139,7 +145,7 @@ class Striker:
         self._valkey_busy = False
         self.struck: Counter[str] = Counter()
         self.log: list[str] = []  # what happened when, to read a failure by
-        self._started_s = time.monotonic()
+        self.started_s = time.monotonic()
 
     async def strike_until(self, end_s: float) -> None:
         """Faults at random until then, the least frequent kinds first; then wait for the last to end."""
@@ -205,4 +211,4 @@ class Striker:
             self._ward.blow_ended(victim)
 
     def _note(self, text: str) -> None:
-        self.log.append(f"{time.monotonic() - self._started_s:7.2f} s  {text}")
+        self.log.append(f"{time.monotonic() - self.started_s:7.2f} s  {text}")

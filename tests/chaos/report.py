@@ -24,6 +24,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     usage_mistakes: int
     held: list[str]  # blocks, leases, sequences and requests that were left, in words
     pause_ms_max: float  # between two chunks of a stream
+    pause_at_s: float  # when it began, on the clock of faults.log
     first_token_ms_p50: float
     first_token_ms_p99: float
     faults: dict[str, int]
@@ -52,7 +53,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             ("unseeded, asked again", self.unseeded_checked),
             ("usage mistakes", self.usage_mistakes),
             ("left over", "; ".join(self.held) or "nothing"),
-            ("longest pause in a stream", f"{self.pause_ms_max:.0f} ms"),
+            ("longest pause in a stream", f"{self.pause_ms_max:.0f} ms, from {self.pause_at_s:.2f} s on"),
             (
                 "time to first token",
                 f"p50 {self.first_token_ms_p50:.0f}, p99 {self.first_token_ms_p99:.0f} ms",
@@ -74,11 +75,13 @@ class Findings:
         self.ties = 0
         self.unseeded_checked = 0
         self.held: list[str] = []
+        self.started_s = 0.0
 
     def report(self, seconds: float, seed: int, faults: Counter[str], retries: dict[str, int]) -> Report:
         ends = Counter(reply.end for reply in self.replies)
         mistakes = [_line(r, r.usage_mistake) for r in self.replies if r.usage_mistake]
         failures = [_line(r, r.problem) for r in self.replies if r.end == "failed"]
+        pause_s, pause_at_s = max((r.longest_pause for r in self.replies), default=(0.0, self.started_s))
         first_s = sorted(r.first_token_s for r in self.replies if r.first_token_s is not None)
         return Report(
             seconds=seconds,
@@ -94,7 +97,8 @@ class Findings:
             unseeded_checked=self.unseeded_checked,
             usage_mistakes=len(mistakes),
             held=self.held,
-            pause_ms_max=max((r.longest_pause_s for r in self.replies), default=0.0) * 1e3,
+            pause_ms_max=pause_s * 1e3,
+            pause_at_s=pause_at_s - self.started_s,
             first_token_ms_p50=_percentile_ms(first_s, 50),
             first_token_ms_p99=_percentile_ms(first_s, 99),
             faults=dict(faults),

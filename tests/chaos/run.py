@@ -82,6 +82,7 @@ async def _disturb(
     """Clients and faults at once, until the time is over and the last answer is there; the faults."""
     ward = Ward(cluster, http)
     striker = Striker(cluster, ward, random.Random(rng.random()), plan.fault_every_s, plan.faults)
+    findings.started_s = striker.started_s
     watching = asyncio.create_task(ward.watch())
     end_s = time.monotonic() + plan.seconds
     try:

@@ -50,5 +50,5 @@ class TieJudge:
         """The request as the gateway reads it."""
         kind = ChatCompletionRequest if "messages" in ask.body else CompletionRequest
         model = ServedModel.of(open_model(self._gguf))
-        reader = PromptReader(model, lambda: 1 << 20, random.Random(0))
+        reader = PromptReader(model, lambda: 1 << 20, choices_max=1, rng=random.Random(0))
         return await reader.read(kind.model_validate(ask.body), "judged", deadline=0.0)
