@@ -11,8 +11,9 @@ from services.transfer.lease import Lease, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import KvChunk, KvHeader, LendOrder, NixlOffer, PullOrder
 
-# Measured on loopback gRPC: messages of about 1 MiB carry the most bytes per second.
-CHUNK_BYTES = 1 << 20
+# A message over gRPC. Measured per block of 737 kB, processor time of both sides together: 0.71 ms at
+# 1 MiB, 0.66 at 2, 0.60 at 4, 0.63 at 8 MiB.
+CHUNK_BYTES = 4 << 20
 # What a reader reads at once: 10 ms at 3 GB/s, so that others get their turn and a cancelled one ends.
 REFERENCE_BYTES = 32 << 20
 
