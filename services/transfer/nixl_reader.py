@@ -35,6 +35,7 @@ from services.transfer.nixl_agent import NixlAgent, Range
 _PAUSE_MIN_S, _PAUSE_MAX_S = 50e-6, 1e-3  # between polls, doubling
 _GIVEN_UP_S = 2.0  # a read that nobody waits for any more
 _STUCK_S = 10.0  # no read of this worker got done for so long
+_CLOSE_S = 5.0
 _PEERS_MAX = 256  # as many as gRPC connections; the least recently used go first
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,10 @@ class NixlReader:
             raise
 
     async def close(self) -> None:
-        """Reads that are in flight fail."""
+        """Reads that are in flight fail. Should UCX hang in its end, the process ends without it."""
         self._closing = True
         self._wake.set()
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        await asyncio.to_thread(self._thread.join, _CLOSE_S)
 
     def _do(self, job: Callable[[], None]) -> None:
         self._jobs.append(job)
