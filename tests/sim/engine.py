@@ -43,7 +43,9 @@ class Pace:
 
     @classmethod
     def of(cls, rng: random.Random) -> "Pace":
-        return cls(rng, step_ms=rng.choice([2.0, 10.0]), prefill_ms=rng.choice([0.5, 3.0]), decode_ms=1.0)
+        return cls(
+            rng, step_ms=rng.choice([2.0, 10.0, 40.0]), prefill_ms=rng.choice([0.5, 3.0]), decode_ms=1.0
+        )
 
     def step_s(self, rows: Sequence[Row]) -> float:
         ms = self.step_ms

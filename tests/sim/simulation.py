@@ -115,7 +115,7 @@ class _Run:
             self.bug(f"unhandled: {context['message']} {context.get('exception')!r} {task}")
 
     def logging(self, verbose: bool) -> "_TracedLogs":
-        return _TracedLogs(self.trace, logging.DEBUG if verbose else logging.WARNING)
+        return _TracedLogs(self.trace, self.world.events, logging.DEBUG if verbose else logging.INFO)
 
     async def whole(self) -> None:
         self._build()
@@ -158,7 +158,8 @@ class _Run:
             SimGateway(self.world, f"g{n}", config, context) for n in range(1, rng.randint(1, 2) + 1)
         ]
         workload = Workload(random.Random(rng.getrandbits(64)), context)
-        self.requests = workload.requests(rng.randint(10, 40), within_s=rng.uniform(2.0, 20.0))
+        count = rng.randint(60, 100) if rng.random() < 0.1 else rng.randint(10, 40)
+        self.requests = workload.requests(count, within_s=rng.uniform(2.0, 20.0))
         for request in self.requests:
             request.at_s += 1.0  # when the workers are up
         self.result.requests = len(self.requests)
@@ -364,6 +365,8 @@ class _Answer:
             found.append(f"usage {self._usage} for {tokens} tokens")
         if self._usage.get("prompt_tokens") != len(request.prompt):
             found.append(f"usage {self._usage} for a prompt of {len(request.prompt)} tokens")
+        if self._usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) > len(request.prompt):
+            found.append(f"more cached tokens than the prompt has: {self._usage}")
         if not self._done:
             found.append("a stream without [DONE]")
         return found
@@ -374,14 +377,25 @@ def _events(stream: bytes) -> list[Any]:
     return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 
+_EVENTS_IN_LOGS = {
+    "stood still": "new_epochs",
+    "is overdue": "overdue_engines",
+    "and is killed": "hung_engines",
+    "handed": "hand_overs",
+    "role changed": "role_changes",
+}
+
+
 class _TracedLogs(logging.Handler):
     """Puts the production code's log lines into the trace."""
 
-    def __init__(self, trace: Trace, level: int) -> None:
+    def __init__(self, trace: Trace, events: Counter[str], level: int) -> None:
         super().__init__(level)
-        self._trace = trace
+        self._trace, self._events = trace, events
 
     def emit(self, record: logging.LogRecord) -> None:
+        for words, name in _EVENTS_IN_LOGS.items():
+            self._events[name] += words in record.msg
         who = getattr(record, "worker_id", None) or record.name.rsplit(".", 1)[1]
         about = f"{record.request_id}: " if hasattr(record, "request_id") else ""
         self._trace.log(str(who), about + record.getMessage())
