@@ -187,6 +187,8 @@ class GenerationRequest(BaseModel):
                 )
             if name not in UNSUPPORTED and name not in _HARMLESS:
                 _warn_once(name)
+        if self.choices > 1 and (self.model_extra or {}).get("best_of") is not None:
+            raise BadRequest("'best_of' must not be below 'n'; leave it out.", "best_of")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("'stream_options' is only allowed when 'stream' is true.", "stream_options")
 

@@ -50,6 +50,8 @@ BAD_EVERYWHERE = [
     ({"n": 1.5}, "n"),
     ({"n": "2"}, "n"),
     ({"n": 2, "best_of": 3}, "best_of"),
+    ({"n": 2, "best_of": 1}, "best_of"),
+    ({"n": True}, "n"),
     ({"best_of": 3}, "best_of"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 0}, "logprobs"),
