@@ -30,6 +30,7 @@ _LAST_TASKS_S = 1.0  # for the tasks of a process that has ended
 
 # Toy blocks are some 100 bytes, those of a real model up to several MB, with one block in a message.
 kv_server.CHUNK_BYTES = 64
+kv_server.REFERENCE_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
