@@ -6,7 +6,6 @@ clients ── HTTP ──> gateways ── gRPC ──> workers (I/O and engine
 
 import asyncio
 import gc
-import json
 import logging
 import random
 from collections import Counter
@@ -21,10 +20,11 @@ from tests.sim.gateway import HttpCall, SimGateway
 from tests.sim.loop import LoopClock, Process, Stuck, VirtualLoop
 from tests.sim.network import SimNetwork
 from tests.sim.one_sided import SharedMemory
+from tests.sim.received import Received
 from tests.sim.store import SimStore
-from tests.sim.trace import Trace
+from tests.sim.trace import Trace, TracedLogs
 from tests.sim.worker import SimWorker, World
-from tests.sim.workload import Expected, Request, Workload, answer
+from tests.sim.workload import Request, Workload
 
 REQUEST_TIMEOUT_S = 60.0
 ATTEMPTS_MAX = 6
@@ -114,8 +114,8 @@ class _Run:
         if process is None or not process.dead:
             self.bug(f"unhandled: {context['message']} {context.get('exception')!r} {task}")
 
-    def logging(self, verbose: bool) -> "_TracedLogs":
-        return _TracedLogs(self.trace, self.world.events, logging.DEBUG if verbose else logging.INFO)
+    def logging(self, verbose: bool) -> TracedLogs:
+        return TracedLogs(self.trace, self.world.events, logging.DEBUG if verbose else logging.INFO)
 
     async def whole(self) -> None:
         self._build()
@@ -253,7 +253,7 @@ class _Run:
         if call.error:
             self._excuse(request, call.error)
             return call.error
-        received = _Answer(call, streams=request.streams)
+        received = Received(call, streams=request.streams)
         if received.error:
             self._excuse(request, received.error)
             return received.error
@@ -323,91 +323,3 @@ class _Run:
         self.result.faults["client_leaves"] = self.result.outcomes["left"]
         self.result.events = self.world.events
         self.result.events["one_sided_reads"] = self.world.shared.reads
-
-
-class _Answer:
-    """What a client received with status 200."""
-
-    def __init__(self, call: HttpCall, *, streams: bool) -> None:
-        self.error = ""
-        self.timings: dict[str, Any] = {}
-        self._choices: dict[int, Expected] = {}
-        self._usage: dict[str, Any] = {}
-        self._done = not streams
-        for chunk in _events(call.received) if streams else [json.loads(call.received)]:
-            self._take(chunk)
-
-    def _take(self, chunk: Any) -> None:
-        if chunk == "[DONE]":
-            self._done = True
-            return
-        if "error" in chunk:
-            self.error = chunk["error"]["code"] or chunk["error"]["type"]
-            return
-        self._usage = chunk.get("usage") or self._usage
-        self.timings = chunk.get("timings") or self.timings
-        for part in chunk["choices"]:
-            choice = self._choices.setdefault(part["index"], Expected([], "", ""))
-            assert not choice.finish, "text after the end of a choice"
-            choice.text += part["text"]
-            choice.token_ids += part.get("token_ids") or []
-            choice.finish = part["finish_reason"] or ""
-
-    def differences(self, request: Request) -> list[str]:
-        seed = request.body.get("seed", self.timings.get("seed"))
-        expected = {n: answer(request.body, seed, n) for n in range(request.body.get("n", 1))}
-        found = []
-        for number, right in expected.items():
-            if self._choices.get(number) != right:
-                found.append(f"choice {number} is {self._choices.get(number)} instead of {right}")
-        tokens = sum(len(choice.token_ids) for choice in expected.values())
-        if self._usage.get("completion_tokens") != tokens:
-            found.append(f"usage {self._usage} for {tokens} tokens")
-        if self._usage.get("prompt_tokens") != len(request.prompt):
-            found.append(f"usage {self._usage} for a prompt of {len(request.prompt)} tokens")
-        if self._usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) > len(request.prompt):
-            found.append(f"more cached tokens than the prompt has: {self._usage}")
-        if not self._done:
-            found.append("a stream without [DONE]")
-        return found
-
-
-def _events(stream: bytes) -> list[Any]:
-    events = [event.removeprefix("data: ") for event in stream.decode().split("\n\n") if event]
-    return [event if event == "[DONE]" else json.loads(event) for event in events]
-
-
-_EVENTS_IN_LOGS = {
-    "stood still": "new_epochs",
-    "is overdue": "overdue_engines",
-    "and is killed": "hung_engines",
-    "handed": "hand_overs",
-    "role changed": "role_changes",
-}
-
-
-class _TracedLogs(logging.Handler):
-    """Puts the production code's log lines into the trace."""
-
-    def __init__(self, trace: Trace, events: Counter[str], level: int) -> None:
-        super().__init__(level)
-        self._trace, self._events = trace, events
-
-    def emit(self, record: logging.LogRecord) -> None:
-        for words, name in _EVENTS_IN_LOGS.items():
-            self._events[name] += words in record.msg
-        who = getattr(record, "worker_id", None) or record.name.rsplit(".", 1)[1]
-        about = f"{record.request_id}: " if hasattr(record, "request_id") else ""
-        self._trace.log(str(who), about + record.getMessage())
-
-    def __enter__(self) -> None:
-        root = logging.getLogger("services")
-        self._before = (root.level, root.propagate)
-        root.setLevel(self.level)
-        root.propagate = False
-        root.addHandler(self)
-
-    def __exit__(self, *_: object) -> None:
-        root = logging.getLogger("services")
-        root.removeHandler(self)
-        root.level, root.propagate = self._before

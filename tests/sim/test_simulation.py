@@ -12,9 +12,9 @@ import pytest
 from services.engine.engine import Engine
 from services.engine.messages import Command, Drop, EngineSetup
 from services.wire.generated import transfer_pb2
+from tests.sim.call import SimCall
 from tests.sim.engine import TimedRunner
 from tests.sim.loop import Process, Stuck, VirtualLoop
-from tests.sim.network import SimCall
 from tests.sim.simulation import simulate
 
 SEEDS = 300
