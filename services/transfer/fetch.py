@@ -116,8 +116,9 @@ class PrefixFetcher:
         running = self._running.get(seq_id)
         if running is None:
             then()
-        elif running.then is None:  # a second stop would interrupt the cleaning up of the first
-            running.then = then
+            return
+        running.then = running.then or then
+        if not running.task.cancelling():  # a second time would interrupt its cleaning up
             running.task.cancel()
 
     def _ended(

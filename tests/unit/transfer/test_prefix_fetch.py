@@ -10,7 +10,14 @@ from services.core.block_hash import Compatibility
 from services.core.clock import ManualClock
 from services.core.errors import DiptychError, KvLinkLost, KvSourceLost, facts
 from services.transfer.destination import Destination
-from services.transfer.fetch import AVOID_S, FetchObserver, PrefixFetched, PrefixFetcher, PrefixOffer
+from services.transfer.fetch import (
+    AVOID_S,
+    PATIENCE_MIN_S,
+    FetchObserver,
+    PrefixFetched,
+    PrefixFetcher,
+    PrefixOffer,
+)
 from services.transfer.lease import LOANS_MAX
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import Arrived, KvSource
@@ -362,6 +369,17 @@ class TestFetcher:
         transport.written.set()
         await until(lambda: dropped)
         assert (dropped, fetching.ended, transport.abandoned) == (["r/0"], [], ["r/0/prefix"])
+
+    async def test_a_fetch_stopped_when_its_patience_is_over_ends_in_its_own_time(self) -> None:
+        transport, dropped = SlowToEnd(), []
+        fetching = Fetching(transport, ms_per_token=1.0)
+        fetching.start()
+        await asyncio.sleep(PATIENCE_MIN_S + 0.1)
+        fetching.fetcher.stop("r/0", lambda: dropped.append("r/0"))
+        await asyncio.sleep(0.05)
+        assert dropped == [], "the blocks were given up while something wrote to them"
+        transport.written.set()
+        await until(lambda: dropped)
 
     async def test_stopping_what_fetches_nothing_gives_up_at_once(self) -> None:
         dropped: list[str] = []
