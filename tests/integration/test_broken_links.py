@@ -162,6 +162,23 @@ async def test_a_link_that_swallows_everything_is_found_and_replaced(spare: InPr
     spare.link("d0", source).let_go()
 
 
+async def test_kv_whose_confirmation_gets_lost_is_not_used(spare: InProcessCluster) -> None:
+    """The link still brings the KV, but nothing passes the other way."""
+    right = await undisturbed(spare)
+    stopped = Stopped(spare)
+    source = await stopped.reached()
+    spare.link("d0", source).hold_up(back=False)
+    for worker in stopped.workers:
+        worker.engine.resume()
+    await until(lambda: stopped.reader.landed_tokens == len(PROMPT))
+    answer = await stopped.resume()
+    check(answer, right)
+    assert answer.timings["prefill_worker"] not in (source, None)
+    assert spare.retries("kv_link_lost") == 1
+    assert spare.count("worker_leases_ended", how="expired") == 1
+    spare.link("d0", source).let_go()
+
+
 class Flipper:
     """Flips one bit in the next so many payloads that pass. `times` counts down."""
 

@@ -19,6 +19,7 @@ class TcpProxy:
     address: str = ""
     _cut: bool = False
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
+    _flowing_back: asyncio.Event = field(default_factory=asyncio.Event)
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     def cut(self) -> None:
@@ -30,12 +31,16 @@ class TcpProxy:
     def mend(self) -> None:
         self._cut = False
 
-    def hold_up(self) -> None:
-        """Nothing passes any more, though no connection ends: a black hole."""
+    def hold_up(self, back: bool = True) -> None:
+        """Nothing passes any more, though no connection ends: a black hole. With `back` False, only what
+        comes from the target still does."""
         self._flowing.clear()
+        if back:
+            self._flowing_back.clear()
 
     def let_go(self) -> None:
         self._flowing.set()
+        self._flowing_back.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._cut:
@@ -73,7 +78,7 @@ class TcpProxy:
             while (next_one := await on_the_way.get())[1]:
                 due_s, passing = next_one
                 await asyncio.sleep(due_s - time.monotonic())
-                await self._flowing.wait()
+                await (self._flowing_back if back else self._flowing).wait()
                 writer.write(self.tamper(passing) if back else passing)
                 await writer.drain()
 
