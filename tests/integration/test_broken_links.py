@@ -1,5 +1,5 @@
-"""Whatever happens to the network between prefill and decode worker, the answer is the undisturbed one,
-and a counter tells what happened.
+"""Whatever happens to the network between gateway, prefill and decode worker, the answer is the
+undisturbed one, and a counter tells what happened.
 
 Real services and gRPC over links that the test controls; the model is arithmetic, so that a single wrong
 byte of KV changes every token after it.
@@ -297,3 +297,27 @@ async def test_a_worker_that_restarts_at_its_address_does_not_satisfy_an_old_pul
     check(answer, right)
     assert not lease.pulled
     assert answer.timings["attempts"] == 2
+
+
+@pytest.mark.parametrize("how", ["cut", "hold_up"])
+@pytest.mark.parametrize("worker", ["p0", "d0"])
+async def test_a_worker_that_the_gateway_cannot_reach_lets_go_and_another_goes_on(
+    model: ServedModel, worker: str, how: str
+) -> None:
+    """The worker lives, and what it holds for a gateway that it cannot hear comes back."""
+    async with in_process_cluster(model) as cluster:
+        right = await undisturbed(cluster)
+        engine = cluster.workers[worker].engine
+        engine.steps_left = 5
+        answers = [asyncio.create_task(cluster.answer(prompt=PROMPT, max_tokens=TOKENS)) for _ in range(4)]
+        await until(lambda: engine.paused and engine.sequences)
+        getattr(cluster.link("gateway", worker), how)()
+        engine.resume()
+        engine.steps_left = 1  # it must not end the answer before the gateway has missed it
+        for answer in await asyncio.gather(*answers):
+            check(answer, right)
+        assert cluster.retries("worker_lost") >= 1
+        engine.resume()
+        await cluster.until_quiet(within_s=8)
+        cluster.link("gateway", worker).mend()
+        cluster.link("gateway", worker).let_go()

@@ -1,8 +1,8 @@
 """A whole cluster in this process: gateway and workers as in production, over HTTP and gRPC, with an
-arithmetic model. Between any two workers there is a network link that a test controls.
+arithmetic model. Between any two of them there is a network link that a test controls.
 
-    http ── Gateway ──gRPC── WorkerServer "p0", "p1"  (prefill)
-                       └──── WorkerServer "d0", "d1"  (decode) ──TcpProxy── "p0", "p1"
+    http ── Gateway ──TcpProxy── WorkerServer "p0", "p1"  (prefill)
+                 └────TcpProxy── WorkerServer "d0", "d1"  (decode) ──TcpProxy── "p0", "p1"
 """
 
 import asyncio
@@ -121,7 +121,7 @@ class InProcessCluster:
         self.membership = MemoryMembership(SystemClock(), ttl_s=3600)
 
     def link(self, reader: str, source: str) -> TcpProxy:
-        """The network between two workers, as `reader` opens connections over it."""
+        """The network between two workers, or from "gateway", as `reader` opens connections over it."""
         return self.links[reader, source]
 
     async def start(self, worker_id: str) -> None:
@@ -129,7 +129,7 @@ class InProcessCluster:
         role: Role = "prefill" if worker_id.startswith("p") else "decode"
         port = int(self._addresses.get(worker_id, ":0").rpartition(":")[2])
         key = WorkerKey(worker_id, next(self._epochs))
-        network = Network(open_channel=lambda address: open_channel(self._resolve(worker_id, address)))
+        network = self.network(worker_id)
         worker = self.workers[worker_id] = InProcessWorker(
             role, key, port, network, self._blocks, self._pull_wait_s
         )
@@ -152,10 +152,13 @@ class InProcessCluster:
         await self.gateway.view.refresh()
 
     async def add_links(self) -> None:
-        for reader in self.workers:
+        for reader in ["gateway", *self.workers]:
             for source in self.workers:
                 link = await self._stack.enter_async_context(tcp_proxy(self._addresses[source]))
                 self.links[reader, source] = link
+
+    def network(self, reader: str) -> Network:
+        return Network(open_channel=lambda address: open_channel(self._resolve(reader, address)))
 
     def _resolve(self, reader: str, address: str) -> str:
         source = next(worker for worker, known in self._addresses.items() if known == address)
@@ -200,7 +203,7 @@ async def in_process_cluster(
             await cluster.start(worker_id)
         await cluster.add_links()
         settings = GatewayConfig(**{"route_split": "always", "seed": 1, **config})
-        client, clock = GrpcWorkerClient(), SystemClock()
+        client, clock = GrpcWorkerClient(cluster.network("gateway")), SystemClock()
         index = MemoryPrefixIndex(clock, ttl_s=3600)
         cluster.gateway = Gateway(settings, model, cluster.membership, index, client, clock)
         await cluster.gateway.view.refresh()
