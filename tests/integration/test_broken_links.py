@@ -17,7 +17,6 @@ from services.model.files import open_model
 from services.transfer.protocol import FirstToken
 from tests.support.completions import Answer
 from tests.support.in_process_cluster import (
-    LEASE_TTL_S,
     InProcessCluster,
     InProcessWorker,
     in_process_cluster,
@@ -233,19 +232,20 @@ async def test_a_lease_that_expires_in_the_middle_of_a_pull_ends_the_transfer(
 
 
 async def test_kv_that_is_confirmed_too_late_is_not_used(model: ServedModel) -> None:
-    """The last chunk and the confirmation together travel longer than the lease lives."""
-    async with in_process_cluster(model, prefill=2, decode=1, pull_wait_s=5.0) as cluster:
+    """All of it has arrived, but the confirmation travels longer than the lease lives."""
+    async with in_process_cluster(model, prefill=2, decode=1, lease_ttl_s=0.2) as cluster:
         right = await undisturbed(cluster)
-        for source in ("p0", "p1"):
-            cluster.link("d0", source).delay_s = LEASE_TTL_S * 0.8
-        received = cluster.count("transfer_bytes", direction="received")
-        answering = asyncio.create_task(cluster.answer(prompt=PROMPT, max_tokens=TOKENS))
-        await until(lambda: cluster.retries("lease_expired") == 1)
+        stopped = Stopped(cluster)
+        source = await stopped.reached()
+        link, received = cluster.link("d0", source), cluster.count("transfer_bytes", direction="received")
+        link.hold_up(back=False)
+        cluster.workers[source].engine.resume()
+        await until(lambda: stopped.reader.landed_tokens == len(PROMPT))
+        await until(lambda: cluster.count("worker_leases_ended", how="expired") == 1)
         assert cluster.count("transfer_bytes", direction="received") == received, "it was accepted"
-        assert cluster.count("worker_leases_ended", how="expired") == 1
-        for source in ("p0", "p1"):
-            cluster.link("d0", source).delay_s = 0.0
-        check(await answering, right)
+        link.let_go()
+        check(await stopped.resume(), right)
+        assert cluster.retries("lease_expired") == 1
 
 
 async def test_kv_whose_blocks_were_reused_under_their_reader_is_not_used(spare: InProcessCluster) -> None:

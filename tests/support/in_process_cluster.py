@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -35,22 +35,29 @@ from tests.support.scrape import Scrape
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.unit.gateway.in_memory_cluster import over_network
 
-LEASE_TTL_S = 0.5
-PULL_WAIT_S = 2.0
 CONTEXT_TOKENS = 400
 POLL_S = 0.02
+
+
+class Waits(NamedTuple):
+    """As in WorkerConfig."""
+
+    pull_wait_s: float
+    lease_ttl_s: float
 
 
 class InProcessWorker:
     """One life of a worker."""
 
     def __init__(
-        self, role: Role, key: WorkerKey, port: int, network: Network, blocks: int, pull_wait_s: float
+        self, role: Role, key: WorkerKey, port: int, network: Network, blocks: int, waits: Waits
     ) -> None:
         self.role, self.key, self.blocks = role, key, blocks
         self.metrics = WorkerMetrics()
         self.engine = InProcessEngine(blocks, on_report=self.metrics.on_report)
-        config = WorkerConfig(role=role, port=port, lease_ttl_s=LEASE_TTL_S, pull_wait_s=pull_wait_s)
+        config = WorkerConfig(
+            role=role, port=port, lease_ttl_s=waits.lease_ttl_s, pull_wait_s=waits.pull_wait_s
+        )
         self.server = WorkerServer(
             config,
             self._identity(),
@@ -112,8 +119,8 @@ class InProcessWorker:
 class InProcessCluster:
     """Two prefill and two decode workers behind one gateway; every request goes through two."""
 
-    def __init__(self, stack: AsyncExitStack, blocks: int, pull_wait_s: float) -> None:
-        self._stack, self._blocks, self._pull_wait_s = stack, blocks, pull_wait_s
+    def __init__(self, stack: AsyncExitStack, blocks: int, waits: Waits) -> None:
+        self._stack, self._blocks, self._waits = stack, blocks, waits
         self._epochs = iter(range(1, 1_000))
         self._addresses: dict[str, str] = {}  # of workers, by id; a restarted one keeps its own
         self.workers: dict[str, InProcessWorker] = {}  # that are alive
@@ -131,7 +138,7 @@ class InProcessCluster:
         key = WorkerKey(worker_id, next(self._epochs))
         network = self.network(worker_id)
         worker = self.workers[worker_id] = InProcessWorker(
-            role, key, port, network, self._blocks, self._pull_wait_s
+            role, key, port, network, self._blocks, self._waits
         )
         await worker.start()
         self._addresses[worker_id] = worker.server.address
@@ -194,11 +201,12 @@ async def in_process_cluster(
     prefill: int = 2,
     decode: int = 2,
     blocks: int = 64,
-    pull_wait_s: float = PULL_WAIT_S,
+    pull_wait_s: float = 2.0,
+    lease_ttl_s: float = 0.5,
     **config: Any,
 ) -> AsyncIterator[InProcessCluster]:
     async with AsyncExitStack() as stack:
-        cluster = InProcessCluster(stack, blocks, pull_wait_s)
+        cluster = InProcessCluster(stack, blocks, Waits(pull_wait_s, lease_ttl_s))
         for worker_id in [f"p{n}" for n in range(prefill)] + [f"d{n}" for n in range(decode)]:
             await cluster.start(worker_id)
         await cluster.add_links()
