@@ -312,6 +312,7 @@ class SimCall:
 
     def _give_up_connecting(self) -> None:
         if self.handler is None and self in self.network.calls:
+            self._server_over = True  # what was never connected does not arrive later
             self._lose("connect timeout")
 
     async def _or_cancel(self, waiting: Any) -> Any:
