@@ -314,6 +314,7 @@ class SimCall:
         if self.handler is None and self in self.network.calls:
             self._server_over = True  # what was never connected does not arrive later
             self._lose("connect timeout")
+            self._settle()
 
     async def _or_cancel(self, waiting: Any) -> Any:
         """A client whose task is cancelled cancels its call, as gRPC's own calls do."""
