@@ -90,6 +90,7 @@ class GrpcKvTransport:
             try:
                 async with aclosing(ahead(_received(call))) as messages:
                     async for message in messages:
+                        await asyncio.sleep(0)  # so that gRPC receives the next while this one is placed
                         yield _from_wire(message, source)
             finally:
                 call.cancel()
