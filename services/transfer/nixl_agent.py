@@ -3,11 +3,12 @@
 The Python class of the nixl package fixes the progress thread's pause at zero, which keeps a core busy
 for nothing (measured: 100 % of a core per idle agent, against 0.3 % with a pause of 10 ms; the thread
 also wakes whenever UCX has something for it). So this class stands on the bindings below it. nixl is
-imported here alone, when the first agent is made; nothing of UCX's environment is set.
+imported here alone, when the first agent is made. UCX's environment is the user's, but for one default.
 """
 
 import ctypes
 import importlib
+import os
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -133,6 +134,8 @@ class NixlAgent:
 
 def load_bindings() -> ModuleType:
     """Raises TransportUnavailable, saying what to install."""
+    # Else UCX catches SIGHUP for its own debugging, and a worker outlives the terminal it was started in.
+    os.environ.setdefault("UCX_DEBUG_SIGNO", "0")
     reason = "the package nixl is not installed (pip install 'diptych[nixl]')"
     for build in _BUILDS:
         try:

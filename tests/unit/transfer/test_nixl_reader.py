@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -129,6 +130,12 @@ async def test_a_range_outside_of_the_pools_is_refused(reader: Reader) -> None:
         for wrong in (Range(BLOCK_BYTES + 1, 0, BLOCK_BYTES), Range(0, -1, 1), Range(-1, 0, 1)):
             with pytest.raises(KvLinkLost, match="outside"):
                 await reader.read(source, [wrong])
+
+
+def test_a_process_with_an_agent_still_ends_with_its_terminal() -> None:
+    with NixlSourceProcess(1, BLOCK_BYTES) as source:
+        source.process.send_signal(signal.SIGHUP)
+        assert source.process.wait(10) == -signal.SIGHUP
 
 
 async def test_a_reader_that_is_closed_fails_its_reads(reader: Reader) -> None:
