@@ -6,20 +6,20 @@ byte of KV changes every token after it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
 from services.core.sampling import SamplingParams
 from services.engine.messages import Drop, Submit
 from services.gateway.served_model import ServedModel
-from services.model.files import open_model
 from services.transfer.protocol import FirstToken
 from tests.support.completions import Answer
 from tests.support.in_process_cluster import (
     InProcessCluster,
     InProcessWorker,
     in_process_cluster,
+    until,
 )
 
 PROMPT = [n * 7919 % 40_000 + 100 for n in range(60)]  # eight prefill steps of eight tokens
@@ -27,11 +27,6 @@ MIDDLE = 3  # steps of eight
 BLOCK_TOKENS, BLOCK_BYTES = 4, 32
 PROMPT_BYTES = len(PROMPT) // BLOCK_TOKENS * BLOCK_BYTES
 TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def model(default_model) -> ServedModel:
-    return ServedModel.of(open_model(default_model))
 
 
 @pytest.fixture
@@ -57,12 +52,6 @@ def check(answer: Answer, right: Answer) -> None:
     assert answer.token_ids == right.token_ids
     assert answer.usage["prompt_tokens"] == len(PROMPT)
     assert answer.usage["completion_tokens"] == TOKENS
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Stopped:
@@ -174,7 +163,7 @@ async def test_kv_whose_confirmation_gets_lost_is_not_used(spare: InProcessClust
     check(answer, right)
     assert answer.timings["prefill_worker"] not in (source, None)
     assert spare.retries("kv_link_lost") == 1
-    assert spare.count("worker_leases_ended", how="expired") == 1
+    await until(lambda: spare.count("worker_leases_ended", how="expired") == 1)
     spare.link("d0", source).let_go()
 
 
@@ -213,22 +202,21 @@ async def test_a_link_that_always_flips_bits_is_replaced(spare: InProcessCluster
     assert answer.timings["attempts"] == 2
 
 
-async def test_a_lease_that_expires_in_the_middle_of_a_pull_ends_the_transfer(
-    spare: InProcessCluster,
-) -> None:
+async def test_a_lease_that_expires_in_the_middle_of_a_pull_ends_the_transfer(model: ServedModel) -> None:
     """The link is cut for longer than the lease lives, and the prefill has ended meanwhile."""
-    right = await undisturbed(spare)
-    stopped = Stopped(spare)
-    source = await stopped.reached()
-    link = spare.link("d0", source)
-    link.cut()
-    spare.workers[source].engine.resume()
-    await until(lambda: spare.workers[source].count("worker_leases_ended", how="expired") == 1)
-    link.mend()
-    answer = await stopped.resume()
-    check(answer, right)
-    assert answer.timings["attempts"] == 2
-    assert spare.count("worker_leases_ended", how="expired") == 1
+    async with in_process_cluster(model, prefill=2, decode=1, lease_ttl_s=0.2) as cluster:
+        right = await undisturbed(cluster)
+        stopped = Stopped(cluster)
+        source = await stopped.reached()
+        link = cluster.link("d0", source)
+        link.cut()
+        cluster.workers[source].engine.resume()
+        await until(lambda: cluster.workers[source].count("worker_leases_ended", how="expired") == 1)
+        link.mend()
+        answer = await stopped.resume()
+        check(answer, right)
+        assert answer.timings["attempts"] == 2
+        assert cluster.count("worker_leases_ended", how="expired") == 1
 
 
 async def test_kv_that_is_confirmed_too_late_is_not_used(model: ServedModel) -> None:

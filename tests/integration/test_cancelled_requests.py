@@ -5,7 +5,7 @@ How long that takes on a real model is measured by tests/bench/cancel.py.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -13,20 +13,14 @@ import pytest
 from services.core.sampling import SamplingParams
 from services.engine.messages import Submit
 from services.gateway.served_model import ServedModel
-from services.model.files import open_model
 from tests.support.completions import MODEL
-from tests.support.in_process_cluster import InProcessCluster, in_process_cluster
+from tests.support.in_process_cluster import InProcessCluster, in_process_cluster, until
 
 PROMPT = [n * 7919 % 40_000 + 100 for n in range(60)]
 OTHER = [n * 104_729 % 40_000 + 100 for n in range(60)]
 STEP_TOKENS = 8
 TOKENS = 100
 SOON_S = 1.0  # nothing but a few turns of the event loop; leases and timeouts take longer
-
-
-@pytest.fixture(scope="module")
-def model(default_model) -> ServedModel:
-    return ServedModel.of(open_model(default_model))
 
 
 @pytest.fixture
@@ -38,12 +32,6 @@ async def cluster(model: ServedModel) -> AsyncIterator[InProcessCluster]:
 @pytest.fixture(params=[False, True], ids=["whole", "streamed"])
 def stream(request: pytest.FixtureRequest) -> bool:
     return request.param
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Client:
@@ -126,9 +114,26 @@ async def test_a_transfer_over_a_link_that_swallows_everything_does_not_delay_th
     client = Client(cluster, PROMPT, stream)
     await until(lambda: decode.landed_tokens == 3 * STEP_TOKENS)
     cluster.link("d0", "p0").hold_up()
-    prefill.resume()
     await client.hang_up()
+    prefill.resume()
     await cluster.until_quiet(SOON_S)
+    cluster.link("d0", "p0").let_go()
+
+
+async def test_kv_that_waits_for_a_reader_behind_a_dead_link_is_let_go_with_its_lease(
+    cluster: InProcessCluster, stream: bool
+) -> None:
+    """The prefill has ended, so the gateway has no call to its worker left to cancel."""
+    prefill, decode = cluster.workers["p0"].engine, cluster.workers["d0"].engine
+    prefill.steps_left = 3
+    client = Client(cluster, PROMPT, stream)
+    await until(lambda: decode.landed_tokens == 3 * STEP_TOKENS)
+    cluster.link("d0", "p0").hold_up()
+    prefill.resume()
+    await until(lambda: prefill.gauges.queued_prefill_tokens == 0)
+    await client.hang_up()
+    await until(lambda: not decode.sequences)
+    await cluster.until_quiet(within_s=8)  # keepalive, and the lease's time to live
     cluster.link("d0", "p0").let_go()
 
 

@@ -5,15 +5,14 @@ steps. Real processes are killed in tests/e2e.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from services.gateway.served_model import ServedModel
-from services.model.files import open_model
 from tests.support.completions import Answer
-from tests.support.in_process_cluster import InProcessCluster, InProcessWorker, in_process_cluster
+from tests.support.in_process_cluster import InProcessCluster, InProcessWorker, in_process_cluster, until
 
 PROMPT = [n * 7919 % 40_000 + 100 for n in range(60)]
 PREFILL_STEPS = 8
@@ -21,21 +20,10 @@ TOKENS = 24
 SAMPLED = {"temperature": 0.9, "seed": 5}
 
 
-@pytest.fixture(scope="module")
-def model(default_model) -> ServedModel:
-    return ServedModel.of(open_model(default_model))
-
-
 @pytest.fixture
 async def cluster(model: ServedModel) -> AsyncIterator[InProcessCluster]:
     async with in_process_cluster(model) as cluster:
         yield cluster
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Running:

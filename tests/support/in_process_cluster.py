@@ -6,7 +6,7 @@ arithmetic model. Between any two of them there is a network link that a test co
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ async def in_process_cluster(
     decode: int = 2,
     blocks: int = 64,
     pull_wait_s: float = 2.0,
-    lease_ttl_s: float = 0.5,
+    lease_ttl_s: float = 2.0,  # longer than a broken pull is tried again
     **config: Any,
 ) -> AsyncIterator[InProcessCluster]:
     async with AsyncExitStack() as stack:
@@ -226,3 +226,10 @@ async def in_process_cluster(
             await client.close()
             for worker_id in list(cluster.workers):
                 await cluster.kill(worker_id)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, ten seconds at most, until it is true."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
