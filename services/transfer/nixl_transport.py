@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 
@@ -87,10 +88,12 @@ class NixlKvTransport:
     ) -> AsyncGenerator[Arrived, None]:
         """While one chunk is read, the next is asked for: that also shows when the source is gone."""
         pool = self._remote_pool(source, header, destination)
-        upcoming = next_of(messages)
+        stamped = self._stamped(messages)
+        upcoming = next_of(stamped)
         try:
-            while (message := await upcoming) is not None:
-                upcoming = next_of(messages)
+            while (coming := await upcoming) is not None:
+                message, came_s = coming
+                upcoming = next_of(stamped)
                 chunk = as_chunk(message)
                 start = min(max(chunk.first_token, first_token), chunk.end)
                 ranges = _ranges(chunk, start, destination)
@@ -98,10 +101,16 @@ class NixlKvTransport:
                     await self._read(source, pool, ranges, upcoming)
                 first_token = chunk.end
                 travelled = sum(one.bytes for one in ranges)
-                yield Arrived(start, chunk.end - start, travelled, False, chunk.firsts, chunk.exposed_ms)
+                # The last chunk, without KV, may have waited for the read of the one before.
+                exposed_ms = chunk.exposed_ms + (self._clock.now() - came_s) * 1e3
+                yield Arrived(start, chunk.end - start, travelled, False, chunk.firsts, exposed_ms)
         finally:
             upcoming.cancel()
             await until_done(upcoming)
+
+    async def _stamped(self, messages: Messages) -> AsyncGenerator[tuple[KvHeader | KvChunk, float], None]:
+        async for message in messages:
+            yield message, self._clock.now()
 
     def _remote_pool(self, source: KvSource, header: KvHeader, destination: Destination) -> RemotePool:
         try:
@@ -118,7 +127,7 @@ class NixlKvTransport:
         source: KvSource,
         pool: RemotePool,
         ranges: Sequence[Range],
-        upcoming: "asyncio.Future[KvHeader | KvChunk | None]",
+        upcoming: "asyncio.Future[Any]",
     ) -> None:
         """Read, unless the next message says that the source is gone. Ends like NixlReader.read."""
         reading = asyncio.create_task(self._reader.read(source.worker_id, pool, ranges))

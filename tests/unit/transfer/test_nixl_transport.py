@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -43,21 +44,21 @@ class PoolOffer:
 
 
 class MemoryReader:
-    """The twin of NixlReader: copies within the process. Its reads fail or hang if they are told to."""
+    """The twin of NixlReader: copies within the process. Its reads fail or wait if they are told to."""
 
     def __init__(self, source: Source, memory: memoryview) -> None:
         self._source = source
         self._memory = memory
         self.failures = 0
-        self.hangs = False
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
         self.reading = asyncio.Event()
         self.reads = 0
 
     async def read(self, worker_id: str, remote: RemotePool, ranges: list[Range]) -> None:
         self.reads += 1
         self.reading.set()
-        if self.hangs:
-            await asyncio.Event().wait()
+        await self.goes_on.wait()
         if self.failures:
             self.failures -= 1
             raise KvLinkLost("the cable was pulled")
@@ -193,13 +194,34 @@ async def test_a_read_is_given_up_when_the_source_says_that_the_transfer_failed(
     source.compute(upto=8)
     lease = await source.leases.find("r/0", 0)
     async with linked(source, PoolOffer()) as link:
-        link.reader.hangs = True
+        link.reader.goes_on.clear()
         receiving = asyncio.create_task(link.puller().receive())
         await link.reader.reading.wait()
         source.leases.fail(lease, Incompatible("the end"))
         async with asyncio.timeout(5):
             with pytest.raises(Incompatible, match="the end"):
                 await receiving
+
+
+async def test_the_exposed_time_includes_the_read_that_the_last_message_waited_for() -> None:
+    source = Source()
+    source.compute(upto=8)
+    lease = await source.leases.find("r/0", 0)
+    async with linked(source, PoolOffer()) as link:
+        puller = link.puller()
+        receiving = asyncio.create_task(puller.receive())
+        while not puller.landed:
+            await asyncio.sleep(0.001)
+        link.reader.reading.clear()
+        link.reader.goes_on.clear()
+        lease.advanced(TOKENS, TABLE)
+        lease.finished(FirstToken(0, 42, None), time.monotonic())
+        await link.reader.reading.wait()
+        await asyncio.sleep(0.05)  # the last message is here
+        link.clock.advance(2.0)
+        link.reader.goes_on.set()
+        received = await receiving
+    assert 2_000 <= received.exposed_ms < 4_000
 
 
 def test_neighbours_on_both_sides_become_one_range() -> None:
