@@ -13,7 +13,7 @@ the loop's turns.
 Releasing a handle or removing its peer proves nothing: with UCX over TCP and a source that was stopped,
 NIXL forgot the read without an error and its bytes landed when the source went on. So any failure, a
 read given up for 2 s, and 10 s in which no read got done all destroy the agent; a new one takes its
-place within 20 ms, and the other reads in flight fail with it and are repeated by their callers.
+place within 20 ms and repeats what other reads were in flight, once.
 Should UCX hang in that, the reads never end and their blocks stay out of use: closed, not corrupt.
 """
 
@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -67,15 +68,22 @@ class _Read:
     peer: _Peer | None = None
     handle: int = 0
     given_up_s: float | None = None
+    repeated: bool = False
 
 
 class NixlReader:
     """Thread-safe, for one event loop's reads. `start` first, `close` at the end."""
 
-    def __init__(self, worker_id: str, memory: memoryview) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        memory: memoryview,
+        new_agent: Callable[[str, memoryview], NixlAgent] = NixlAgent,
+    ) -> None:
         """`memory` is the pool that is read into."""
         self._worker_id = worker_id
         self._memory = memory
+        self._new_agent = new_agent
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._closing = False
@@ -106,7 +114,7 @@ class NixlReader:
         _check_inside(ranges, pool.bytes, len(self._memory))
         read = _Read(worker_id, pool, ranges)
         done = asyncio.wrap_future(read.done)
-        self._do(lambda: self._begin(read))
+        self._do(partial(self._begin, read))
         try:
             await asyncio.shield(done)
         except asyncio.CancelledError:
@@ -145,7 +153,7 @@ class NixlReader:
 
     def _open(self) -> NixlAgent:
         if self._agent is None:
-            self._agent = NixlAgent(self._worker_id, self._memory)
+            self._agent = self._new_agent(self._worker_id, self._memory)
         return self._agent
 
     def _begin(self, read: _Read) -> None:
@@ -163,18 +171,18 @@ class NixlReader:
         try:
             read.handle = agent.post_read(read.peer.name, read.pool.address, read.ranges)
         except KvLinkLost as error:
-            self._fence(error.message)
+            self._fence(error.message, culprit=read)
 
     def _poll(self) -> None:
-        try:
-            for read in list(self._reading):
-                assert self._agent is not None
+        for read in list(self._reading):
+            assert self._agent is not None
+            try:
                 if self._agent.is_done(read.handle):
                     self._finish(read)
-        except DiptychError as error:
-            self._fence(error.message)
-        if reason := self._overdue():
-            self._fence(reason)
+            except DiptychError as error:
+                self._fence(error.message, culprit=read)
+                return
+        self._fence_overdue()
 
     def _finish(self, read: _Read) -> None:
         self._progress_s = time.monotonic()
@@ -186,26 +194,31 @@ class NixlReader:
     def _give_up(self, read: _Read) -> None:
         read.given_up_s = time.monotonic()
 
-    def _overdue(self) -> str:
-        """Why the agent must go, or nothing."""
+    def _fence_overdue(self) -> None:
         now = time.monotonic()
-        if any(read.given_up_s is not None and now - read.given_up_s > _GIVEN_UP_S for read in self._reading):
-            return f"a cancelled read has not ended for {_GIVEN_UP_S:g} s"
+        for read in self._reading:
+            if read.given_up_s is not None and now - read.given_up_s > _GIVEN_UP_S:
+                self._fence(f"a cancelled read has not ended for {_GIVEN_UP_S:g} s", culprit=read)
+                return
         if self._reading and now - self._progress_s > _STUCK_S:
-            return f"no read got done for {_STUCK_S:g} s"
-        return ""
+            self._fence(f"no read got done for {_STUCK_S:g} s")
 
-    def _fence(self, reason: str) -> None:
-        """Destroy the agent: the reads in flight have failed, and none of them writes any more."""
+    def _fence(self, reason: str, culprit: _Read | None = None) -> None:
+        """Destroy the agent: none of the reads in flight writes any more. They have failed, but those that
+        did nothing wrong are begun again."""
         if self._agent is not None:
             self._agent.close()
             self._agent = None
         self._peers.clear()
-        failed, self._reading = self._reading, []
-        for read in failed:
-            read.done.set_exception(KvLinkLost(f"NIXL reads were broken off: {reason}"))
-        if failed:
-            logger.warning("NIXL starts anew, %d reads in flight failed: %s", len(failed), reason)
+        stopped, self._reading = self._reading, []
+        for read in stopped:
+            if culprit in (None, read) or read.repeated or read.given_up_s is not None:
+                read.done.set_exception(KvLinkLost(f"a NIXL read was broken off: {reason}"))
+            else:
+                read.repeated = True
+                self._do(partial(self._begin, read))
+        if stopped:
+            logger.warning("NIXL starts anew with %d reads in flight: %s", len(stopped), reason)
 
     def _peer(self, agent: NixlAgent, read: _Read) -> _Peer:
         """The peer to read from, connected, with this read counted."""
