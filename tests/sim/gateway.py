@@ -58,6 +58,7 @@ class HttpCall:
     async def send(self, message: Any) -> None:
         if self.gone.is_set():
             return
+        assert not self.whole, "bytes after the end of an answer"
         if message["type"] == "http.response.start":
             self.status = message["status"]
             return
