@@ -31,6 +31,8 @@ class Faults:
     rng: random.Random
     mean_s: float
     operator: Process
+    gentle: bool  # one kind of fault alone, and never the last worker of its kind
+    only: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     harms: list[float] = field(default_factory=list)  # when something could fail an attempt
     disturbances: int = 0  # faults so far
@@ -61,6 +63,9 @@ class Faults:
             "gateway_stall": (1, self._stall_gateway),
             "role": (2, self._change_role),
         }
+        if self.gentle:
+            self.only = self.rng.choice(list(kinds))
+            kinds = {self.only: kinds[self.only]}
         names, weights = list(kinds), [weight for weight, _ in kinds.values()]
         self.world.network.on_pull = self._pulling
         while True:
@@ -123,7 +128,8 @@ class Faults:
             return None
         victim = self.rng.choice(alive)
         others = [w for w in alive if w is not victim and w.config.role in (victim.config.role, "both")]
-        return victim if others or self.rng.random() < 0.15 else None
+        last_too = not self.gentle and self.rng.random() < 0.15
+        return victim if others or last_too else None
 
     def _kill(self) -> bool:
         victim = self._alive_worker()
