@@ -41,97 +41,82 @@ class ChaosPlan:
 
 async def run_chaos(cluster: RunningCluster, model: Path, plan: ChaosPlan) -> Report:
     """The whole run on a cluster that is ready. Its faults are over when it returns."""
+    findings = Findings()
+    rng = random.Random(plan.seed)
+    pool = draw_pool(plan.pool, rng)
     async with cluster.http() as http:
-        return await _Run(cluster, plan, http, TieJudge(model)).report()
-
-
-class _Run:
-    def __init__(
-        self, cluster: RunningCluster, plan: ChaosPlan, http: httpx.AsyncClient, judge: TieJudge
-    ) -> None:
-        self._cluster, self._plan, self._http, self._judge = cluster, plan, http, judge
-        self._rng = random.Random(plan.seed)
-        self._pool = draw_pool(plan.pool, self._rng)
-        self._findings = Findings()
-
-    async def report(self) -> Report:
-        plan, findings = self._plan, self._findings
-        plan.say(f"undisturbed answers to {len(self._pool)} requests")
-        undisturbed = await self._undisturbed()
+        plan.say(f"undisturbed answers to {len(pool)} requests")
+        undisturbed = await _undisturbed(http, pool)
         plan.say(f"{plan.seconds:g} s of load and faults")
-        struck = await self._disturb()
+        struck = await _disturb(cluster, http, plan, pool, findings, rng)
         plan.say("comparing answers")
-        findings.held = await _what_is_held(self._cluster)
-        await self._compare(undisturbed)
-        retries = (await self._cluster.gateway_metrics()).by_label("diptych_gateway_retries_total", "error")
-        counts = {error: int(count) for error, count in retries.items()}
-        return findings.report(plan.seconds, plan.seed, struck, counts)
+        findings.held = await _what_is_held(cluster)
+        await _compare(findings, undisturbed, TieJudge(model), http)
+        retries = (await cluster.gateway_metrics()).by_label("diptych_gateway_retries_total", "error")
+    return findings.report(plan.seconds, plan.seed, struck, retries)
 
-    async def _undisturbed(self) -> dict[int, Reply]:
-        """By number; unseeded requests have no answer of their own."""
-        turns = asyncio.Semaphore(UNDISTURBED_AT_ONCE)
 
-        async def ask_one(ask: Ask) -> Reply:
-            async with turns:
-                return await follow(self._http, ask)
+async def _undisturbed(http: httpx.AsyncClient, pool: list[Ask]) -> dict[int, Reply]:
+    """By number; unseeded requests have no answer of their own."""
+    turns = asyncio.Semaphore(UNDISTURBED_AT_ONCE)
 
-        replies = await asyncio.gather(*(ask_one(ask) for ask in self._pool if ask.kind != "unseeded"))
-        for reply in replies:
-            assert reply.end == "completed", f"undisturbed request {reply.ask.number}: {reply.problem}"
-            assert not reply.resumed, f"undisturbed request {reply.ask.number} needed several attempts"
-        return {reply.ask.number: reply for reply in replies}
+    async def ask_one(ask: Ask) -> Reply:
+        async with turns:
+            return await follow(http, ask)
 
-    async def _disturb(self) -> Counter[str]:
-        """Clients and faults at once, until the time is over and the last answer is there; the faults."""
-        plan, ward = self._plan, Ward(self._cluster, self._http)
-        faults = random.Random(self._rng.random())
-        striker = Striker(self._cluster, ward, faults, plan.fault_every_s, plan.faults)
-        self._findings.started_s = striker.started_s
-        watching = asyncio.create_task(ward.watch())
-        end_s = time.monotonic() + plan.seconds
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(striker.strike_until(end_s - RECOVERY_S))
-                numbers = itertools.count()
-                for _ in range(plan.clients):
-                    tasks.create_task(self._client(random.Random(self._rng.random()), end_s, numbers))
-            plan.say("waiting until every worker is well again")
-            await _until_all_well(ward)
-        finally:
-            watching.cancel()
-            (self._cluster.home / "faults.log").write_text("\n".join(striker.log))
-        return striker.struck
+    replies = await asyncio.gather(*(ask_one(ask) for ask in pool if ask.kind != "unseeded"))
+    for reply in replies:
+        assert reply.end == "completed", f"undisturbed request {reply.ask.number}: {reply.problem}"
+        assert not reply.resumed, f"undisturbed request {reply.ask.number} needed several attempts"
+    return {reply.ask.number: reply for reply in replies}
 
-    async def _client(self, rng: random.Random, end_s: float, numbers: Iterable[int]) -> None:
-        """Ask one request after the other until `end_s`."""
-        for number in numbers:
-            if time.monotonic() >= end_s:
-                return
-            ask = rng.choice(self._pool)
-            fresh = rng.random() < FRESH_SHARE
-            patience = Patience.draw(rng, self._plan.hang_up_share)
-            reply = await follow(self._http, ask.with_salt(f"fresh {number}") if fresh else ask, patience)
-            self._findings.replies.append(reply)
 
-    async def _compare(self, undisturbed: dict[int, Reply]) -> None:
-        """Each answer with the undisturbed one; those to drawn seeds that were resumed are asked again."""
-        completed = [reply for reply in self._findings.replies if reply.end == "completed"]
-        for reply in completed:
-            if reply.ask.kind != "unseeded":
-                await self._compare_one(reply, undisturbed[reply.ask.number])
-        resumed = [reply for reply in completed if reply.ask.kind == "unseeded" and reply.resumed]
-        for reply in resumed[:UNSEEDED_CHECKED_MAX]:
-            again = await follow(self._http, reply.ask.with_seed(reply.timings["seed"]))
-            self._findings.unseeded_checked += 1
-            await self._compare_one(reply, again)
+async def _disturb(
+    cluster: RunningCluster,
+    http: httpx.AsyncClient,
+    plan: ChaosPlan,
+    pool: list[Ask],
+    findings: Findings,
+    rng: random.Random,
+) -> Counter[str]:
+    """Clients and faults at once, until the time is over and the last answer is there; the faults."""
+    ward = Ward(cluster, http)
+    striker = Striker(cluster, ward, random.Random(rng.random()), plan.fault_every_s, plan.faults)
+    findings.started_s = striker.started_s
+    watching = asyncio.create_task(ward.watch())
+    end_s = time.monotonic() + plan.seconds
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(striker.strike_until(end_s - RECOVERY_S))
+            numbers = itertools.count()
+            for _ in range(plan.clients):
+                client = random.Random(rng.random())
+                tasks.create_task(_client(http, plan, pool, findings, end_s, client, numbers))
+        plan.say("waiting until every worker is well again")
+        await _until_all_well(ward)
+    finally:
+        watching.cancel()
+        (cluster.home / "faults.log").write_text("\n".join(striker.log))
+    return striker.struck
 
-    async def _compare_one(self, reply: Reply, right: Reply) -> None:
-        if found := difference(reply, right):
-            if await self._judge.parts_at_tie(right.ask, reply.token_ids, right.token_ids):
-                self._findings.ties += 1
-            else:
-                attempts = reply.timings.get("attempts")
-                self._findings.different.append(f"request {reply.ask.number} ({attempts} attempts): {found}")
+
+async def _client(
+    http: httpx.AsyncClient,
+    plan: ChaosPlan,
+    pool: list[Ask],
+    findings: Findings,
+    end_s: float,
+    rng: random.Random,
+    numbers: Iterable[int],
+) -> None:
+    for number in numbers:
+        if time.monotonic() >= end_s:
+            return
+        ask = rng.choice(pool)
+        fresh = rng.random() < FRESH_SHARE
+        patience = Patience.draw(rng, plan.hang_up_share)
+        reply = await follow(http, ask.with_salt(f"fresh {number}") if fresh else ask, patience)
+        findings.replies.append(reply)
 
 
 async def _until_all_well(ward: Ward) -> None:
@@ -148,6 +133,30 @@ async def _what_is_held(cluster: RunningCluster) -> list[str]:
     while (held := await cluster.remains()) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
     return held
+
+
+async def _compare(
+    findings: Findings, undisturbed: dict[int, Reply], judge: TieJudge, http: httpx.AsyncClient
+) -> None:
+    """Each answer with the undisturbed one; the answers to drawn seeds that were resumed are asked again."""
+    completed = [reply for reply in findings.replies if reply.end == "completed"]
+    for reply in completed:
+        if reply.ask.kind != "unseeded":
+            await _compare_one(findings, reply, undisturbed[reply.ask.number], judge)
+    resumed = [reply for reply in completed if reply.ask.kind == "unseeded" and reply.resumed]
+    for reply in resumed[:UNSEEDED_CHECKED_MAX]:
+        again = await follow(http, reply.ask.with_seed(reply.timings["seed"]))
+        findings.unseeded_checked += 1
+        await _compare_one(findings, reply, again, judge)
+
+
+async def _compare_one(findings: Findings, reply: Reply, right: Reply, judge: TieJudge) -> None:
+    if found := difference(reply, right):
+        if await judge.parts_at_tie(right.ask, reply.token_ids, right.token_ids):
+            findings.ties += 1
+        else:
+            attempts = reply.timings.get("attempts")
+            findings.different.append(f"request {reply.ask.number} ({attempts} attempts): {found}")
 
 
 def difference(reply: Reply, right: Reply) -> str:

@@ -84,21 +84,6 @@ async def test_all_choices_together_cost_one_prefill_and_one_transfer(split) -> 
     assert several == single
 
 
-async def test_choices_of_one_token_take_no_decode_worker(split) -> None:
-    async with split.http() as http:
-        several = await ask(http, body(N))
-        firsts = await ask(http, body(N, max_tokens=1))
-    assert firsts["timings"]["decode_worker"] is None
-    assert token_ids(firsts) == {choice: ids[:1] for choice, ids in token_ids(several).items()}
-
-
-async def test_more_choices_than_run_at_once_all_end(split) -> None:
-    async with split.http() as http:
-        answer = await ask(http, body(128, max_tokens=3))
-    assert [len(ids) for ids in token_ids(answer).values()] == [3] * 128
-    assert answer["usage"]["completion_tokens"] == 3 * 128
-
-
 async def test_the_openai_client_streams_all_choices(split) -> None:
     async with openai.AsyncOpenAI(base_url=f"{split.url}/v1", api_key="none", max_retries=0) as client:
         message = {"role": "user", "content": "Name a colour."}

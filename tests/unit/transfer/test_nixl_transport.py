@@ -11,10 +11,9 @@ import pytest
 
 from services.core.clock import ManualClock
 from services.core.errors import Incompatible, KvLinkLost
-from services.transfer import nixl_reach
 from services.transfer.grpc_transport import GrpcKvTransport
 from services.transfer.nixl_agent import Range
-from services.transfer.nixl_reach import Reach, reach_from_here
+from services.transfer.nixl_reach import Reach
 from services.transfer.nixl_reader import RemotePool
 from services.transfer.nixl_transport import NixlKvTransport, merge
 from services.transfer.protocol import FirstToken, PullOrder
@@ -239,9 +238,3 @@ def test_reads_reach_the_same_machine_or_over_rdma_and_nothing_else() -> None:
     assert Reach("a", rdma=True).obstacle(Reach("b", rdma=True)) == ""
     assert "no RDMA on both sides" in Reach("a", rdma=True).obstacle(Reach("b", rdma=False))
     assert Reach("", rdma=False).obstacle(Reach("", rdma=False)), "an unknown machine is not the same one"
-
-
-def test_here_is_the_machine_where_the_kernel_copies_for_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reach_from_here().machine == reach_from_here().machine != ""
-    monkeypatch.setattr(nixl_reach, "kernel_copies", lambda: False)
-    assert reach_from_here().machine == ""
