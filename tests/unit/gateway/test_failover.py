@@ -6,11 +6,13 @@ import json
 import pytest
 
 from services.core.errors import (
+    Draining,
     EngineFailed,
     KvCorrupt,
     KvSourceLost,
     LeaseExpired,
     Overloaded,
+    RoleChanged,
     WorkerLost,
 )
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
@@ -128,6 +130,16 @@ async def test_waiting_for_room_is_no_attempt_and_excludes_nobody(start_cluster)
     cluster.workers.script("d1", "decode", *[Fault(Overloaded("full"))] * 3)
     assert_whole(cluster, await ask(cluster))
     assert cluster.metric("retries_total", error="overloaded") == 3
+
+
+@pytest.mark.parametrize("error", [Draining("stops"), RoleChanged("prefills now")], ids=["drain", "role"])
+@pytest.mark.parametrize("tokens", [0, 4])
+async def test_a_worker_that_sends_its_work_away_costs_no_attempt(start_cluster, error, tokens) -> None:
+    cluster = await start_cluster(attempts_max=1)
+    cluster.workers.script(ANY_WORKER, "decode", Fault(error, after_tokens=tokens))
+    assert_whole(cluster, await ask(cluster))
+    first, second = [call.worker for call in cluster.workers.calls if call.kind == "decode"]
+    assert first != second
 
 
 async def test_a_resumed_stream_shows_no_seam(cluster) -> None:

@@ -54,7 +54,12 @@ async def until_refused(http: httpx.AsyncClient) -> None:
 
 
 @pytest.fixture
-async def gateway_process(valkey_url, default_model, tokenizer):
+def drain_delay_s() -> float:
+    return 0.0
+
+
+@pytest.fixture
+async def gateway_process(valkey_url, default_model, tokenizer, drain_delay_s):
     """(process, HTTP client, scripted workers): one worker of each role behind a real gateway."""
     ids = [*tokenizer.encode(ANSWER, add_special_tokens=False), min(tokenizer.end_token_ids)]
     workers = MemoryWorkerClient(lambda prompt: ids)
@@ -65,6 +70,7 @@ async def gateway_process(valkey_url, default_model, tokenizer):
         await membership.announce(worker)
     port = free_port()
     config = {"port": port, "redis": valkey_url, "model": str(default_model), "route_split": "always"}
+    config["drain_delay_s"] = drain_delay_s
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", PROGRAM, json.dumps(config))
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
@@ -100,6 +106,21 @@ async def test_a_signal_lets_running_answers_finish_and_the_process_end_well(gat
     async with asyncio.timeout(30):
         assert await process.wait() == 0
     assert workers.running == []
+
+
+@pytest.mark.parametrize("drain_delay_s", [1.5])
+async def test_a_draining_gateway_is_unready_before_it_takes_no_more_requests(gateway_process) -> None:
+    process, http, _ = gateway_process
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(1.0):
+        while (ready := await http.get("/health/ready")).status_code == 200:
+            await asyncio.sleep(0.01)
+    assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+    late = await http.post("/v1/completions", json={"model": MODEL, "prompt": "late", "max_tokens": 100})
+    assert late.json()["choices"][0]["text"] == ANSWER
+    await until_refused(http)
+    async with asyncio.timeout(30):
+        assert await process.wait() == 0
 
 
 async def test_without_redis_the_gateway_says_what_it_needs() -> None:
