@@ -41,6 +41,7 @@ class ClusterSpec:
     split: str  # route_split of the gateway
     blocks: int  # KV blocks per worker
     transports: str = "nixl,grpc"  # of KV, of all workers
+    drain_grace_s: float = 10.0  # of all workers
 
 
 class RunningCluster:
@@ -58,6 +59,7 @@ class RunningCluster:
             "DIPTYCH_HOME": str(home),
             "DIPTYCH_GATEWAY__ROUTE_SPLIT": spec.split,
             "DIPTYCH_WORKER__TRANSPORTS": spec.transports,
+            "DIPTYCH_WORKER__DRAIN_GRACE_S": str(spec.drain_grace_s),
         }
         home.mkdir(parents=True)
         with (home / "stdout").open("wb") as stdout, (home / "stderr").open("wb") as stderr:
