@@ -160,7 +160,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     KvStale: Facts(503, "ABORTED", True, "kv_stale"),
     LeaseExpired: Facts(503, "ABORTED", True, "lease_expired"),
     TransportUnavailable: Facts(503, "UNAVAILABLE", False, "transport_unavailable"),
-    Incompatible: Facts(500, "FAILED_PRECONDITION", False, "incompatible"),
+    Incompatible: Facts(500, "FAILED_PRECONDITION", True, "incompatible"),
     DeadlineExceeded: Facts(504, "DEADLINE_EXCEEDED", False, "deadline_exceeded"),
     RequestCancelled: Facts(499, "CANCELLED", False, "cancelled"),
     ModelFileError: Facts(500, "FAILED_PRECONDITION", False, "model_file"),

@@ -11,6 +11,7 @@ from services.core.errors import (
     DeadlineExceeded,
     DiptychError,
     EngineFailed,
+    Incompatible,
     KvCorrupt,
     KvLinkLost,
     KvSourceLost,
@@ -84,10 +85,10 @@ async def _reporting(inbox: Inbox, worker: WorkerReport | None, call: Coroutine[
 
 
 def _blame(failed: AttemptFailed, placement: Routed) -> AttemptFailed:
-    """Whom to avoid next time: whoever reports that the other side is lost is not at fault. A decode
-    worker that never came to pull may just not reach this prefill worker: another pair may work."""
+    """Whom to avoid next time: whoever reports that the other side is lost is not at fault. Two workers
+    that did not find each other, or between which KV cannot travel, may each work with others."""
     if isinstance(failed.error, _SOURCE_ERRORS) and placement.prefill is not None:
         return AttemptFailed(failed.error, placement.prefill)
-    if isinstance(failed.error, PullerLost) and placement.prefill and placement.decode:
+    if isinstance(failed.error, PullerLost | Incompatible) and placement.prefill and placement.decode:
         return AttemptFailed(failed.error, pair=WorkerPair(placement.prefill.key, placement.decode.key))
     return failed

@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from services.core.errors import EngineFailed, Incompatible, Overloaded
+from services.core.errors import EngineFailed, ModelFileError, Overloaded
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
 from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL
 from tests.unit.gateway.scripted_worker_server import report
@@ -182,22 +182,22 @@ class TestHealth:
 class TestErrors:
     @pytest.mark.parametrize("stream", [False, True])
     async def test_an_error_before_the_first_token_has_its_status(self, cluster, stream) -> None:
-        cluster.workers.script(ANY_WORKER, "prefill", Fault(Incompatible("layouts differ")))
+        cluster.workers.script(ANY_WORKER, "prefill", Fault(ModelFileError("no weights")))
         body = {"model": MODEL, "messages": HELLO, "stream": stream}
         answered = await cluster.http.post("/v1/chat/completions", json=body)
         assert answered.status_code == 500
-        assert answered.json()["error"]["code"] == "incompatible"
-        assert answered.json()["error"]["message"] == "layouts differ"
+        assert answered.json()["error"]["code"] == "model_file"
+        assert answered.json()["error"]["message"] == "no weights"
 
     async def test_an_error_in_the_stream_is_an_event_and_no_done_follows(self, cluster) -> None:
-        cluster.workers.script(ANY_WORKER, "decode", Fault(Incompatible("layouts differ"), after_tokens=2))
+        cluster.workers.script(ANY_WORKER, "decode", Fault(ModelFileError("no weights"), after_tokens=2))
         body = {"model": MODEL, "messages": HELLO, "stream": True}
         answered = await cluster.http.post("/v1/chat/completions", json=body)
         assert answered.status_code == 200
         last = answered.text.rstrip().split("\n\n")[-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "incompatible"
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "model_file"
         assert "[DONE]" not in answered.text
-        assert cluster.metric("requests_total", endpoint="chat_completions", outcome="incompatible") == 1
+        assert cluster.metric("requests_total", endpoint="chat_completions", outcome="model_file") == 1
 
     async def test_a_bug_in_the_stream_is_an_event_too(self, cluster, caplog) -> None:
         cluster.workers.script(ANY_WORKER, "decode", Fault(ZeroDivisionError("a bug"), after_tokens=2))

@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import pytest
 
-from services.core.errors import Incompatible
+from services.core.errors import ModelFileError
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
 from tests.unit.gateway.in_memory_cluster import MODEL
 
@@ -53,7 +53,7 @@ async def test_a_client_that_goes_while_the_request_waits_for_room_ends_it(start
 
 
 async def test_a_failing_side_cancels_the_other(cluster) -> None:
-    cluster.workers.script(ANY_WORKER, "prefill", Fault(Incompatible("no")))
+    cluster.workers.script(ANY_WORKER, "prefill", Fault(ModelFileError("no")))
     cluster.workers.script(ANY_WORKER, "decode", Fault(None))
     await cluster.http.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
     assert await cancelled_kinds(cluster) == {"decode"}

@@ -8,10 +8,12 @@ import pytest
 from services.core.errors import (
     Draining,
     EngineFailed,
+    Incompatible,
     KvCorrupt,
     KvSourceLost,
     LeaseExpired,
     Overloaded,
+    PullerLost,
     RoleChanged,
     WorkerLost,
 )
@@ -52,6 +54,19 @@ async def test_a_failing_decode_is_resumed_with_the_same_tokens(cluster, error, 
     outputs = [call.sequence.output_ids for call in cluster.workers.calls if call.kind == "decode"]
     assert all(ids == cluster.answer_ids[: len(ids)] for ids in outputs)
     assert sorted(map(len, outputs)) == list(map(len, outputs))
+
+
+@pytest.mark.parametrize("error", [Incompatible("layout: a != b"), PullerLost("nobody came")])
+async def test_two_workers_that_cannot_work_together_are_not_paired_again(cluster, error) -> None:
+    for _ in range(10):
+        cluster.workers.calls.clear()
+        cluster.workers.script(ANY_WORKER, "decode", Fault(error))
+        assert_whole(cluster, await ask(cluster))
+        by_attempt: dict[int, set[str]] = {}
+        for call in cluster.workers.calls:
+            by_attempt.setdefault(call.sequence.attempt, set()).add(call.worker.worker_id)
+        first, second = by_attempt.values()
+        assert first != second
 
 
 @pytest.mark.parametrize("error", [LOST, EngineFailed("boom")], ids=["lost", "engine"])
