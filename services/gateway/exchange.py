@@ -6,6 +6,7 @@ answer is streamed or not.
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
@@ -93,10 +94,10 @@ class Exchange(Response):
                 yield delta
 
     async def _whole(self, deltas: AsyncGenerator[TextDelta, None]) -> str:
-        collected: list[list[TextDelta]] = [[] for _ in range(self._body.choices)]
+        collected: defaultdict[int, list[TextDelta]] = defaultdict(list)
         async for delta in deltas:
             collected[delta.choice].append(delta)
-        answers = list(map(joined, collected))
+        answers = [joined(collected[choice]) for choice in sorted(collected)]
         body = self._format.whole(answers, self._journal.usage)
         return as_json(body, self._timings, self._if_wanted(*answers))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -316,6 +317,18 @@ async def test_a_configured_maximum_bounds_n(start_cluster) -> None:
     assert answered.status_code == 400
     assert answered.json()["error"]["param"] == "n"
     assert "at most 2" in answered.json()["error"]["message"]
+
+
+async def test_an_absurd_n_is_refused_before_anything_is_made_for_its_choices(cluster) -> None:
+    await ask(cluster)  # what is loaded once is loaded
+    tracemalloc.start()
+    try:
+        answered = await cluster.http.post("/v1/completions", json=BODY | {"n": 1_000_000})
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (answered.status_code, answered.json()["error"]["param"]) == (400, "n")
+    assert peak_bytes < 8 << 20
 
 
 async def test_choices_count_against_a_worker_that_has_not_reported_them(cluster) -> None:
