@@ -166,20 +166,26 @@ class ClusterView:
 
     def _is_doubtful(self, report: WorkerReport) -> bool:
         """Whether the worker may be stopped or dead although it is listed."""
-        heard_at = self._heard_at[report.worker_id]
-        if self._looked_at - heard_at > SILENT_S:
+        if self._is_silent(report):
             return True
         suspected_at = self._suspected_at.get(report.key)
-        if suspected_at is None or heard_at >= suspected_at + HEARD_AGAIN_S:
+        if suspected_at is None or self._heard_at[report.worker_id] >= suspected_at + HEARD_AGAIN_S:
             return False
         if self._clock.now() - suspected_at < SUSPICION_S:
             return True
         return not self._store_answers and self._is_replaceable(report)
 
+    def _is_silent(self, report: WorkerReport) -> bool:
+        return self._looked_at - self._heard_at[report.worker_id] > SILENT_S
+
     def _is_replaceable(self, report: WorkerReport) -> bool:
         """Whether others that nobody suspects do all that this worker does. While Redis does not answer,
         a suspect cannot be heard of again, and no lease ends: it is used only where it is needed."""
-        others = [r for r in self._reports.values() if r.state == "ready" and r.key not in self._suspected_at]
+        others = [
+            r
+            for r in self._reports.values()
+            if r.state == "ready" and r.key not in self._suspected_at and not self._is_silent(r)
+        ]
         return (not report.prefills or any(other.prefills for other in others)) and (
             not report.decodes or any(other.decodes for other in others)
         )

@@ -152,6 +152,17 @@ async def test_while_redis_is_away_a_suspect_that_nobody_can_replace_is_tried_ag
     assert all(ready(world).values())
 
 
+async def test_while_redis_is_away_a_silent_worker_replaces_no_suspect(world) -> None:
+    await world.announce(report("d1", "decode", beat=1), report("d2", "decode", beat=1))
+    world.clock.advance(SILENT_S + 0.1)
+    await world.announce(report("d1", "decode", beat=2), report("d2", "decode", beat=1))
+    world.membership.available = False
+    await world.view.refresh()
+    world.view.suspect(D1.key)
+    world.clock.advance(SUSPICION_S + 0.1)
+    assert ready(world) == {"d1": True, "d2": False}
+
+
 async def offered(world: World, beat: int, after_s: float) -> bool:
     """Whether d1 is offered when its report with `beat` is read after some more time."""
     world.clock.advance(after_s)
