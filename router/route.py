@@ -31,8 +31,8 @@ def route(
     usable = [worker for worker in not_excluded if worker.ready]
     lenders = [worker for worker in not_excluded if worker.lends]
     costs = CostModel.of(request, cached_tokens, usable, options, lenders)
-    prefills = [] if options.split == "never" else _roomy([w for w in usable if w.prefills], request)
-    decodes = _roomy([w for w in usable if w.decodes], request)
+    prefills = [] if options.split == "never" else _roomy([w for w in usable if w.prefills], request, 1)
+    decodes = _roomy([w for w in usable if w.decodes], request, request.choices)
     prefill_offers = [costs.prefill(worker) for worker in prefills]
     if request.max_tokens == 1 and prefill_offers:
         return Route((_cheapest(prefill_offers, options, rng),), tuple(prefill_offers))
@@ -55,11 +55,11 @@ def _may_be_alone(offer: Offer, costs: CostModel) -> bool:
     return options.split == "auto" and computed <= options.local_prefill_tokens_max
 
 
-def _roomy(workers: list[WorkerView], request: RouteRequest) -> list[WorkerView]:
-    """Those that have blocks for the prompt and one for each choice to grow into, or all if none has."""
+def _roomy(workers: list[WorkerView], request: RouteRequest, growing: int) -> list[WorkerView]:
+    """Those that have blocks for the prompt and for `growing` sequences to grow into, or all if none has."""
 
     def needed(worker: WorkerView) -> int:
-        return -(-request.prompt_tokens // worker.block_size) + request.choices
+        return -(-request.prompt_tokens // worker.block_size) + growing
 
     return [w for w in workers if w.blocks_available >= needed(w)] or workers
 

@@ -58,15 +58,16 @@ class Pipeline:
     def _place(
         self, sequence: Sequence, cached_tokens: dict[str, int], excluded: Collection[Excluded]
     ) -> Routed | None:
+        alive = {report.key for report in self._view.reports}
         request = RouteRequest(
             prompt_tokens=sequence.known_tokens,
             max_tokens=sequence.tokens_left,
             choices=len(sequence.choices),
-            excluded=frozenset(r.worker_id for r in self._view.reports if r.key in excluded),
+            excluded=frozenset(key.worker_id for key in alive.intersection(excluded)),
             apart=frozenset(
                 (pair.prefill.worker_id, pair.decode.worker_id)
                 for pair in excluded
-                if isinstance(pair, WorkerPair)
+                if isinstance(pair, WorkerPair) and alive.issuperset(pair)
             ),
         )
         chosen = route(request, cached_tokens, self._view.worker_views(), self._options, self._rng)

@@ -13,7 +13,7 @@ from services.core.errors import EngineFailed, NoWorker
 from services.core.sampling import SamplingParams
 from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
-from services.gateway.generation import AttemptFailed, Routed
+from services.gateway.generation import AttemptFailed, Routed, WorkerPair
 from services.gateway.memory_worker_client import Fault, MemoryWorkerClient
 from services.gateway.pipeline import Pipeline, in_index_order
 from services.gateway.worker_client import OutputToken, PrefillResult, Sequence, Started
@@ -140,6 +140,14 @@ async def test_excluded_incarnations_are_not_used_and_later_ones_are() -> None:
     assert isinstance(failed, AttemptFailed)
     routed, *_ = await World().attempt(report("d", "decode", epoch=2), excluded={D.key})
     assert routed.decode.epoch == 2
+
+
+async def test_a_pair_is_avoided_until_one_of_the_two_is_another_incarnation() -> None:
+    pair = WorkerPair(P.key, D.key)
+    routed, *_ = await World().attempt(P, D, excluded={pair})
+    assert routed.kind == "decode_alone"
+    routed, *_ = await World().attempt(report("p", "prefill", epoch=2), D, excluded={pair})
+    assert routed.kind == "split"
 
 
 @pytest.mark.parametrize(("kind", "culprit"), [("prefill", P), ("decode", D)])

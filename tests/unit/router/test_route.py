@@ -23,8 +23,10 @@ def worker(id, role="both", **changes) -> WorkerView:
     )
 
 
-def choose(workers, *, prompt=500, max_tokens=10, excluded=(), cached=None, options=EXACT, seed=0):
-    request = RouteRequest(prompt_tokens=prompt, max_tokens=max_tokens, excluded=frozenset(excluded))
+def choose(workers, *, prompt=500, max_tokens=10, choices=1, excluded=(), cached=None, options=EXACT, seed=0):
+    request = RouteRequest(
+        prompt_tokens=prompt, max_tokens=max_tokens, choices=choices, excluded=frozenset(excluded)
+    )
     return route(request, cached or {}, workers, options, random.Random(seed))
 
 
@@ -58,6 +60,7 @@ requests = st.builds(
     RouteRequest,
     prompt_tokens=st.integers(1, 3_000),
     max_tokens=st.integers(1, 3),
+    choices=st.sampled_from([1, 2, 100]),
     excluded=st.frozensets(st.sampled_from(["w0", "w1", "w2"]), max_size=2),
     apart=st.frozensets(st.tuples(*[st.sampled_from(["w0", "w1", "w2", "w3"])] * 2), max_size=3),
 )
@@ -76,13 +79,13 @@ def legal_choices(request, cached, workers, options):
     lenders = [w for w in workers if w.lends and w.id not in request.excluded]
     costs = CostModel.of(request, cached, usable, options, lenders)
 
-    def roomy(some):
+    def roomy(some, growing):
         return [
-            w for w in some if w.blocks_available * w.block_size >= request.prompt_tokens + w.block_size
+            w for w in some if (w.blocks_available - growing) * w.block_size >= request.prompt_tokens
         ] or some
 
-    prefills = roomy([w for w in usable if w.prefills]) if options.split != "never" else []
-    decodes = roomy([w for w in usable if w.decodes])
+    prefills = roomy([w for w in usable if w.prefills], 1) if options.split != "never" else []
+    decodes = roomy([w for w in usable if w.decodes], request.choices)
     if prefills and request.max_tokens == 1:
         return [[costs.prefill(p)] for p in prefills]
     pairs = [
@@ -365,6 +368,15 @@ class TestChoice:
         ]
         assert choose(workers).decode == "roomy"
         assert choose(workers[:2]).decode == "full"
+
+    def test_only_who_decodes_needs_room_for_the_choices(self):
+        workers = [
+            worker("p", "prefill", blocks_available=33),
+            worker("busy", "prefill", queued_prefill_tokens=100),
+            worker("full", "decode", blocks_available=34),  # the 500 tokens fit, and two choices
+            worker("roomy", "decode", blocks_available=35, running=100),
+        ]
+        assert places(choose(workers, choices=3)) == ("p", "roomy")
 
     def test_workers_of_two_versions_are_paired_within_their_version(self):
         workers = [
