@@ -75,8 +75,9 @@ def _packages(check: str, names: list[str], missing_is: State, remedy: str) -> F
 def check_ports(host: str, port: int) -> Finding:
     """The gateway's port, and whether workers can have one that others reach."""
     try:
-        with socket.create_server((host, 0)) as server, socket.create_connection(server.getsockname()[:2], 2):
-            pass
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as server:
+            socket.create_connection(server.getsockname()[:2], 2).close()
         claim_port(host, port)
     except ConfigError as error:
         return Finding(check="ports", state="warning", detail=error.message)

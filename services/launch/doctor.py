@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from services.launch import checks
 from services.launch.checks import Finding
 from services.launch.display import Display
 from services.launch.transport_check import check_transports
+from services.launch.up import port
 
 _COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
 
@@ -29,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--device", default="cpu", help="torch device of workers (default: cpu)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="the gateway's port (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="the gateway's port (default: 8000)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 
@@ -54,7 +56,7 @@ def table(findings: list[Finding]) -> Table:
     result.add_column("found", overflow="fold")
     for finding in findings:
         colour = _COLOURS[finding.state]
-        result.add_row(finding.check, f"[{colour}]{finding.state}[/]", finding.detail)
+        result.add_row(finding.check, f"[{colour}]{finding.state}[/]", escape(finding.detail))
     return result
 
 

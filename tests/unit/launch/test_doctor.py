@@ -55,6 +55,21 @@ def test_a_taken_port_is_a_warning_with_the_remedy() -> None:
     assert checks.check_ports("203.0.113.1", 0).state == "broken"
 
 
+def test_ports_of_an_ipv6_address_are_checked_too() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    assert checks.check_ports("::1", 0).state == "ok"
+
+
+def test_a_port_that_cannot_be_is_a_wrong_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["doctor", "--port", "65536"])
+    assert raised.value.code == 2
+    assert "--port" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_yet_is_a_warning_and_a_wrong_one_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +93,13 @@ def test_missing_packages_are_named() -> None:
     requirements = ["rich", "torch==2.13.0; extra == 'worker'", "redis>=6", 'x; extra == "dev"']
     assert checks._names(requirements, extra="") == ["rich", "redis"]
     assert checks._names(requirements, extra="worker") == ["torch"]
+
+
+def test_the_table_shows_remedies_as_they_are() -> None:
+    console = Console(file=StringIO(), width=120)
+    console.print(table([Finding(check="a", state="warning", detail="pip install 'diptych[worker]' [/x]")]))
+    assert isinstance(console.file, StringIO)
+    assert "pip install 'diptych[worker]' [/x]" in console.file.getvalue()
 
 
 def test_the_table_fits_a_narrow_terminal() -> None:
