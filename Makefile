@@ -54,9 +54,11 @@ format: setup
 proto: setup
 	@$(PY) -m services.wire.generate
 
-# Parts of a real cluster are killed, stopped and drained under load (SECONDS=600, SEED=1).
+# Parts of a real cluster are killed, stopped and drained under load (SECONDS=600, SEED=1,
+# TRANSPORTS=grpc: KV over gRPC alone, also where NIXL is installed).
 chaos: setup
-	@$(PY) -m tests.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1) --json chaos.json
+	@$(PY) -m tests.chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1) --json chaos.json \
+		$(if $(TRANSPORTS),--transports $(TRANSPORTS))
 
 # The share of allocated KV slots that hold no token, on real request lengths (LENGTHS=file.csv).
 bench-kv: setup

@@ -10,6 +10,7 @@ import asyncio
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -34,7 +35,7 @@ def main() -> int:
         say=_say,
     )
     _say(f"seed {plan.seed}; logs in {home}")
-    cluster = RunningCluster(TWO_AND_TWO, model, home)
+    cluster = RunningCluster(replace(TWO_AND_TWO, transports=given.transports), model, home)
     try:
         report = asyncio.run(run_chaos(cluster, model, plan))
     finally:
@@ -63,6 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=4.0, metavar="S", help="between faults, on average")
     parser.add_argument("--pool", type=int, default=60, metavar="N", help="different requests")
     parser.add_argument("--only", default="", metavar="WORDS", help="faults named so, as kill,valkey")
+    parser.add_argument(
+        "--transports", default=TWO_AND_TWO.transports, metavar="NAMES", help="of KV (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
     return parser.parse_args()
 

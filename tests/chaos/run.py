@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,18 +12,18 @@ from pathlib import Path
 
 import httpx
 
-from tests.chaos.client import Patience, Reply, follow
+from tests.chaos.client import Patience, follow
+from tests.chaos.comparison import ask_all, compare_all, prompt_difference
 from tests.chaos.faults import FAULTS, WELL_TIMEOUT_S, Fault, Striker, Ward
+from tests.chaos.reply import Reply
 from tests.chaos.report import Findings, Report
 from tests.chaos.ties import TieJudge
 from tests.chaos.workload import Ask, draw_pool
 from tests.support.cluster import ClusterSpec, RunningCluster
 
 TWO_AND_TWO = ClusterSpec(prefill=2, decode=2, split="always", blocks=400)
-UNDISTURBED_AT_ONCE = 4
 # The load goes on for so long after the last fault has begun: workers come back under it.
 RECOVERY_S = 8.0
-UNSEEDED_CHECKED_MAX = 40
 FRESH_SHARE = 0.5  # of requests that find nothing in the prefix cache
 QUIET_S = 60.0
 
@@ -41,34 +42,36 @@ class ChaosPlan:
 
 async def run_chaos(cluster: RunningCluster, model: Path, plan: ChaosPlan) -> Report:
     """The whole run on a cluster that is ready. Its faults are over when it returns."""
-    findings = Findings()
+    findings = Findings(plan.seconds, plan.seed, cluster.spec.transports)
     rng = random.Random(plan.seed)
     pool = draw_pool(plan.pool, rng)
     async with cluster.http() as http:
         plan.say(f"undisturbed answers to {len(pool)} requests")
         undisturbed = await _undisturbed(http, pool)
         plan.say(f"{plan.seconds:g} s of load and faults")
-        struck = await _disturb(cluster, http, plan, pool, findings, rng)
+        findings.faults = await _disturb(cluster, http, plan, pool, findings, rng)
         plan.say("comparing answers")
         findings.held = await _what_is_held(cluster)
-        await _compare(findings, undisturbed, TieJudge(model), http)
-        retries = (await cluster.gateway_metrics()).by_label("diptych_gateway_retries_total", "error")
-    return findings.report(plan.seconds, plan.seed, struck, retries)
+        await compare_all(findings, undisturbed, TieJudge(model), http)
+        findings.retries = (await cluster.gateway_metrics()).by_label(
+            "diptych_gateway_retries_total", "error"
+        )
+    findings.over_grpc = _over_grpc(cluster)
+    return findings.report()
 
 
 async def _undisturbed(http: httpx.AsyncClient, pool: list[Ask]) -> dict[int, Reply]:
     """By number; unseeded requests have no answer of their own."""
-    turns = asyncio.Semaphore(UNDISTURBED_AT_ONCE)
-
-    async def ask_one(ask: Ask) -> Reply:
-        async with turns:
-            return await follow(http, ask)
-
-    replies = await asyncio.gather(*(ask_one(ask) for ask in pool if ask.kind != "unseeded"))
-    for reply in replies:
-        assert reply.end == "completed", f"undisturbed request {reply.ask.number}: {reply.problem}"
-        assert not reply.resumed, f"undisturbed request {reply.ask.number} needed several attempts"
-    return {reply.ask.number: reply for reply in replies}
+    asks = [ask for ask in pool if ask.kind != "unseeded"]
+    replies = {reply.ask.number: reply for reply in await ask_all(http, asks)}
+    for number, reply in replies.items():
+        assert reply.end == "completed", f"undisturbed request {number}: {reply.problem}"
+        assert not reply.resumed, f"undisturbed request {number} needed several attempts"
+    for single in await ask_all(http, [ask.for_one_token() for ask in asks if ask.choices > 1]):
+        several = replies[single.ask.number]
+        assert single.end == "completed", f"one token of request {single.ask.number}: {single.problem}"
+        assert not (found := prompt_difference(several, single)), f"request {single.ask.number}: {found}"
+    return replies
 
 
 async def _disturb(
@@ -98,6 +101,12 @@ async def _disturb(
         watching.cancel()
         (cluster.home / "faults.log").write_text("\n".join(striker.log))
     return striker.struck
+
+
+def _over_grpc(cluster: RunningCluster) -> dict[str, int]:
+    """How often the workers' logs say that KV does not travel over NIXL although it might, by reason."""
+    logs = "".join(log.read_text(errors="replace") for log in (cluster.home / "logs").glob("*.log"))
+    return dict(Counter(re.findall(r"travels over (gRPC.*)", logs)))
 
 
 async def _client(
@@ -133,38 +142,3 @@ async def _what_is_held(cluster: RunningCluster) -> list[str]:
     while (held := await cluster.remains()) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
     return held
-
-
-async def _compare(
-    findings: Findings, undisturbed: dict[int, Reply], judge: TieJudge, http: httpx.AsyncClient
-) -> None:
-    """Each answer with the undisturbed one; the answers to drawn seeds that were resumed are asked again."""
-    completed = [reply for reply in findings.replies if reply.end == "completed"]
-    for reply in completed:
-        if reply.ask.kind != "unseeded":
-            await _compare_one(findings, reply, undisturbed[reply.ask.number], judge)
-    resumed = [reply for reply in completed if reply.ask.kind == "unseeded" and reply.resumed]
-    for reply in resumed[:UNSEEDED_CHECKED_MAX]:
-        again = await follow(http, reply.ask.with_seed(reply.timings["seed"]))
-        findings.unseeded_checked += 1
-        await _compare_one(findings, reply, again, judge)
-
-
-async def _compare_one(findings: Findings, reply: Reply, right: Reply, judge: TieJudge) -> None:
-    if found := difference(reply, right):
-        if await judge.parts_at_tie(right.ask, reply.token_ids, right.token_ids):
-            findings.ties += 1
-        else:
-            attempts = reply.timings.get("attempts")
-            findings.different.append(f"request {reply.ask.number} ({attempts} attempts): {found}")
-
-
-def difference(reply: Reply, right: Reply) -> str:
-    if reply.token_ids != right.token_ids:
-        return f"its tokens are {reply.token_ids}, undisturbed {right.token_ids}"
-    if (reply.text, reply.finish) != (right.text, right.finish):
-        return f"its text is {reply.text!r} ({reply.finish}), undisturbed {right.text!r} ({right.finish})"
-    for what in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        if reply.usage[what] != right.usage[what]:
-            return f"its {what} are {reply.usage[what]}, undisturbed {right.usage[what]}"
-    return ""

@@ -14,7 +14,8 @@ from tests.chaos.workload import Ask
 from tests.support.completions import MODEL
 
 VOCAB = 49152
-SAMPLED = {"temperature": 0.7, "seed": 11, "top_k": 40}
+SAMPLED = {"temperature": 0.7, "seed": 11, "top_k": 40, "n": 3}
+CHOICE = 2  # whose noise is not the first choice's
 
 
 def logits_where_second_is_behind(by: float) -> torch.Tensor:
@@ -36,8 +37,8 @@ async def test_greedy_answers_part_at_a_tie_if_the_two_best_logits_are_near(
     default_model: Path, behind: float, tie: bool
 ) -> None:
     near = judge(default_model, logits_where_second_is_behind(behind))
-    assert await near.parts_at_tie(ask(temperature=0), [3, 7, 1], [3, 9, 1]) is tie
-    assert not await near.parts_at_tie(ask(temperature=0), [3, 7, 1], [3, 8, 1]), "a third token"
+    assert await near.parts_at_tie(ask(temperature=0), 0, [3, 7, 1], [3, 9, 1]) is tie
+    assert not await near.parts_at_tie(ask(temperature=0), 0, [3, 7, 1], [3, 8, 1]), "a third token"
 
 
 @pytest.mark.parametrize(("behind", "tie"), [(3e-4, True), (5e-3, False)])
@@ -48,14 +49,14 @@ async def test_sampled_answers_part_at_a_tie_if_the_two_best_noisy_scores_are_ne
     best, second = exact.topk(2).indices.tolist()
     exact[second] -= behind
     near = judge(default_model, exact)
-    assert await near.parts_at_tie(ask(**SAMPLED), [best], [second]) is tie
+    assert await near.parts_at_tie(ask(**SAMPLED), CHOICE, [best], [second]) is tie
 
 
 async def test_an_answer_that_ends_earlier_is_no_tie(default_model: Path) -> None:
     def unused(token_ids: Sequence[int]) -> torch.Tensor:
         raise AssertionError("there is no token to judge")
 
-    assert not await TieJudge(default_model, unused).parts_at_tie(ask(), [3, 7], [3, 7, 1])
+    assert not await TieJudge(default_model, unused).parts_at_tie(ask(), 0, [3, 7], [3, 7, 1])
 
 
 def logits_at_equal_noisy_scores(model: Path) -> torch.Tensor:
@@ -63,8 +64,8 @@ def logits_at_equal_noisy_scores(model: Path) -> torch.Tensor:
     params = SamplingParams(max_tokens=8, temperature=0.7, seed=11, top_k=40)
     logits = logits_where_second_is_behind(0.0)
     low, high = -20.0, 20.0
-    for _ in range(60):
+    for _ in range(24):  # to 40 / 2**24 = 2e-6: what a float32 near 20 resolves
         logits[9] = 20.0 + (low + high) / 2
-        wins = sample_tokens(logits[None], [Sample(params, [1], [])]) == [9]
+        wins = sample_tokens(logits[None], [Sample(params, [1], [], CHOICE)]) == [9]
         low, high = (low, (low + high) / 2) if wins else ((low + high) / 2, high)
     return logits

@@ -31,8 +31,8 @@ class TieJudge:
         self._gguf = gguf
         self._next_logits = next_logits
 
-    async def parts_at_tie(self, ask: Ask, one: list[int], other: list[int]) -> bool:
-        """Whether two different answers, as token ids, are both right."""
+    async def parts_at_tie(self, ask: Ask, choice: int, one: list[int], other: list[int]) -> bool:
+        """Whether two different answers for one choice, as token ids, are both right."""
         at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
         if at is None:  # one goes on where the other ends: no rounding does that
             return False
@@ -40,7 +40,7 @@ class TieJudge:
             self._next_logits = Reference(self._gguf).next_logits
         generation = await self._read(ask)
         logits = self._next_logits([*generation.prompt_ids, *one[:at]]).clone()
-        sample = Sample(generation.sampling, generation.prompt_ids, one[:at])
+        sample = Sample(generation.sampling, generation.prompt_ids, one[:at], choice)
         best = sample_tokens(logits[None], [sample])[0]
         logits[best] -= TIE * (generation.sampling.temperature or 1.0)
         second = sample_tokens(logits[None], [sample])[0]
@@ -50,5 +50,5 @@ class TieJudge:
         """The request as the gateway reads it."""
         kind = ChatCompletionRequest if "messages" in ask.body else CompletionRequest
         model = ServedModel.of(open_model(self._gguf))
-        reader = PromptReader(model, lambda: 1 << 20, choices_max=1, rng=random.Random(0))
+        reader = PromptReader(model, lambda: 1 << 20, choices_max=ask.choices, rng=random.Random(0))
         return await reader.read(kind.model_validate(ask.body), "judged", deadline=0.0)

@@ -18,6 +18,8 @@ TOKENS = (24, 96)
 MIN_TOKENS = 12
 ONE_TOKEN_SHARE = 0.08  # answered by the prefill worker alone
 KINDS = ("greedy", "seeded", "unseeded")  # taken in turn
+SEVERAL_EVERY = 4  # requests: one of them wants several choices. No multiple of the kinds: all have some
+CHOICES_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,21 @@ class Ask:
     path: str
     body: dict[str, Any]
 
+    @property
+    def choices(self) -> int:
+        return int(self.body.get("n", 1))
+
     def with_salt(self, salt: str) -> "Ask":
         """The same question for another tenant, who shares no cached block: the same answer."""
         return Ask(self.number, self.kind, self.path, self.body | {"cache_salt": salt})
 
     def with_seed(self, seed: int) -> "Ask":
         return Ask(self.number, "seeded", self.path, self.body | {"seed": seed})
+
+    def for_one_token(self) -> "Ask":
+        """The same prompt, for one token of one choice."""
+        one = {"n": 1, "max_tokens": 1, "min_tokens": 1}
+        return Ask(self.number, self.kind, self.path, self.body | one)
 
 
 def draw_pool(count: int, rng: random.Random) -> list[Ask]:
@@ -51,6 +62,8 @@ def _draw(number: int, kind: str, rng: random.Random) -> Ask:
         **_sampling(kind, rng),
         **_limits(min(MIN_TOKENS, max_tokens), rng),
     }
+    if number % SEVERAL_EVERY == SEVERAL_EVERY - 1:
+        body["n"] = rng.randint(2, CHOICES_MAX)
     if rng.random() < 0.8:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     prompt = _prompt(rng)
