@@ -135,7 +135,10 @@ class Patience:
             self._workerless_since = None
         elif self._workerless_since is None:
             self._workerless_since = now
-        self._line.join(self, self._waiting_since)
+        if self.excluded:
+            self._line.leave(self)  # others must not wait for what this one does not want
+        else:
+            self._line.join(self, self._waiting_since)
         if now - self._waiting_since >= self._policy.admission_timeout_s:
             raise reason
         if (

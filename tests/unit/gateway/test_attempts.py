@@ -231,6 +231,17 @@ class TestTheWaitingLine:
         assert self.line.holds_back(self.young)
         assert not self.line.holds_back(self.old)
 
+    @pytest.mark.parametrize("error", [NoWorker("none"), Overloaded("full")])
+    async def test_a_request_that_avoids_a_worker_holds_nobody_back_from_it(self, error) -> None:
+        self.refuse(self.old)
+        self.old.admit_failure(AttemptFailed(WorkerLost("gone"), D1))
+        self.old.admit_failure(AttemptFailed(error))
+        self.clock.advance(HOLD_BACK_AFTER_S)
+        assert not self.line.holds_back(self.young)
+        self.clock.advance(EXCLUSION_S - HOLD_BACK_AFTER_S)
+        self.old.admit_failure(AttemptFailed(error))
+        assert self.line.holds_back(self.young), "its old place is not lost"
+
     async def test_waiting_for_room_is_not_waiting_for_a_worker(self) -> None:
         self.refuse(self.old)
         self.clock.advance(POLICY.no_worker_timeout_s + 1)
