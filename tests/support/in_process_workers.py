@@ -1,7 +1,7 @@
 """A prefill and a decode worker in this process: real services, gRPC and engines, an arithmetic model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc.aio
@@ -163,9 +163,7 @@ class Pair:
 
     async def idle(self) -> None:
         """Wait until both workers hold nothing, and prove that their books are right."""
-        async with asyncio.timeout(5):
-            while self._open_leases() or not all(map(_holds_nothing, self._engines())):
-                await asyncio.sleep(0.002)
+        await until(lambda: not self._open_leases() and all(map(_holds_nothing, self._engines())))
         for engine in self._engines():
             engine.engine.check_integrity()
 
@@ -204,3 +202,10 @@ async def running_pair(
             await server.stop(grace=0)
         for worker in (pair.prefill, pair.decode):
             await worker.kv.transport.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, five seconds at most, until it is true."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)

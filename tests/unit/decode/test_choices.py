@@ -1,21 +1,15 @@
 """Several choices of one prompt through a prefill and a decode worker: one transfer, each choice right."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from services.engine.messages import Report
 from services.wire.generated import worker_pb2
-from tests.support.in_process_workers import Pair, running_pair
+from tests.support.in_process_workers import Pair, running_pair, until
 from tests.unit.decode.test_disaggregated_pair import PROMPT, Session, sequence
 
 Choices = dict[int, list[int]]
 THREE = (0, 1, 2)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def pause_at_the_fork(pair: Pair) -> None:

@@ -25,7 +25,14 @@ from services.wire.channel import from_rpc_error
 from services.wire.convert import sampling_to_wire
 from services.wire.generated import worker_pb2
 from tests.support.in_process_engine import InProcessEngine
-from tests.support.in_process_workers import BOUNDS, DecodeWorker, Pair, PrefillWorker, running_pair
+from tests.support.in_process_workers import (
+    BOUNDS,
+    DecodeWorker,
+    Pair,
+    PrefillWorker,
+    running_pair,
+    until,
+)
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -210,8 +217,7 @@ async def test_cancelling_both_sides_frees_everything(paused: bool) -> None:
         prefill = pair.run_prefill(one)
         pair.prefill.engine.paused = paused
         await session.submit(one, pair.source())
-        while not (pair.prefill.engine.sequences or prefill.done()):
-            await asyncio.sleep(0.001)
+        await until(lambda: pair.prefill.engine.sequences or prefill.done())
         prefill.cancel()
         await session.cancel("r")
         pair.prefill.engine.resume()
@@ -224,8 +230,7 @@ async def test_a_gateway_that_goes_away_cancels_all_its_sequences() -> None:
         session = Session(pair)
         for index in range(5):
             await session.submit(sequence(f"r{index}", max_tokens=150))
-        while not session.batches:
-            await asyncio.sleep(0.001)
+        await until(lambda: session.batches)
         await session.close()
         await pair.idle()
 
@@ -278,8 +283,7 @@ async def test_a_revocation_before_the_first_turn_of_a_receive_is_answered() -> 
         one.open()
         one._on_event(Admitted("r/0", [0, 1, 2], 0, 0.0))
         one._on_event(Revoked("r/0"))
-        while "end" not in events:
-            await asyncio.sleep(0.001)
+        await until(lambda: "end" in events)
         assert events[0] == worker_pb2.DecodeReserved()
         assert [getattr(event, "code", event) for event in events[1:]] == ["overloaded", "end"]
 
@@ -304,8 +308,7 @@ async def test_an_attempt_that_another_session_runs_is_refused() -> None:
         pair.decode.engine.paused = True
         one, two = Session(pair), Session(pair)
         await one.submit(sequence())
-        while not pair.decode.engine.sequences:
-            await asyncio.sleep(0.001)
+        await until(lambda: pair.decode.engine.sequences)
         await two.submit(sequence())
         assert await two.failure() == "bad_request"
         pair.decode.engine.resume()
@@ -344,8 +347,7 @@ async def test_a_decode_worker_that_gives_up_ends_the_prefill() -> None:
         pair.prefill.engine.paused = True
         prefill = pair.run_prefill(sequence())
         await session.submit(sequence(), pair.source())
-        while not pair.prefill.engine.sequences:
-            await asyncio.sleep(0.001)
+        await until(lambda: pair.prefill.engine.sequences)
         await session.cancel("r")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await prefill
@@ -385,8 +387,7 @@ async def test_kv_of_a_worker_that_drains_or_changed_its_role_is_still_pulled() 
     async with running_pair() as pair:
         session = Session(pair)
         prefill = pair.run_prefill(sequence())
-        while not pair.prefill.leases.open_leases:
-            await asyncio.sleep(0.001)
+        await until(lambda: pair.prefill.leases.open_leases)
         pair.prefill.incarnation.draining = True
         pair.prefill.incarnation.role = "decode"
         await session.submit(sequence(), pair.source())
@@ -403,8 +404,7 @@ async def test_what_is_handed_over_ends_at_once_and_leaves_nothing() -> None:
         prefill = pair.run_prefill(sequence("receiving"))
         await session.submit(sequence("receiving"), pair.source())
         await session.submit(sequence("local", max_tokens=150))
-        while not session.batches or not pair.prefill.engine.sequences:
-            await asyncio.sleep(0.001)
+        await until(lambda: session.batches and pair.prefill.engine.sequences)
         assert pair.decode.service.give_up(Draining("moving")) == 2
         assert pair.prefill.leases.fail_unfinished(Draining("moving")) == 1
         assert {await session.failure("local"), await session.failure("receiving")} == {"draining"}
@@ -437,8 +437,7 @@ async def test_a_new_incarnation_ends_all_that_the_old_one_had() -> None:
         prefill = pair.run_prefill(sequence("lost"))
         await session.submit(sequence("lost"), pair.source())
         await session.submit(sequence("early"), pair.source())  # its pull waits for a prefill
-        while not pair.prefill.engine.sequences:
-            await asyncio.sleep(0.001)
+        await until(lambda: pair.prefill.engine.sequences)
         pair.prefill.leases.fail_all(WorkerLost("another incarnation"))
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await prefill
@@ -453,8 +452,7 @@ async def test_an_overdue_engine_gives_its_sequences_up_and_frees_them_when_it_i
     async with running_pair() as pair:
         session, told = Session(pair), []
         await session.submit(sequence("stream", max_tokens=150))
-        while not session.batches:
-            await asyncio.sleep(0.001)
+        await until(lambda: session.batches)
         engine = pair.decode.engine
         watch = asyncio.create_task(engine.watch(overdue_s=0.1, hung_s=60.0, on_overdue=told.append))
         engine.paused = True
@@ -464,8 +462,7 @@ async def test_an_overdue_engine_gives_its_sequences_up_and_frees_them_when_it_i
         assert told == [True]
         engine.resume()
         await pair.idle()
-        while told != [True, False]:
-            await asyncio.sleep(0.01)
+        await until(lambda: told == [True, False])
         await session.submit(sequence("again"))
         assert len(await session.tokens("again")) == 8
         watch.cancel()

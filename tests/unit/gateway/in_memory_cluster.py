@@ -60,8 +60,7 @@ class InMemoryCluster:
 async def over_network(app):
     server = Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.005)
+    await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
@@ -75,6 +74,13 @@ def in_process(app) -> httpx.AsyncClient:
     """Faster, for tests that need neither a stream as it comes nor a client that goes."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://gateway")
+
+
+async def until(condition) -> None:
+    """Wait, ten seconds at most, until it is true."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 def four_workers():

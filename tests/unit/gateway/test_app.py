@@ -8,7 +8,7 @@ import pytest
 
 from services.core.errors import EngineFailed, ModelFileError, Overloaded
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
-from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL
+from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL, until
 from tests.unit.gateway.scripted_worker_server import report
 
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
@@ -234,8 +234,7 @@ class TestErrors:
         cluster.workers.script(ANY_WORKER, "decode", Fault(None, after_tokens=1))
         body = {"model": MODEL, "prompt": "a"}
         first = asyncio.create_task(cluster.http.post("/v1/completions", json=body))
-        while not cluster.workers.running:
-            await asyncio.sleep(0.005)
+        await until(lambda: cluster.workers.running)
         refused = await cluster.http.post("/v1/completions", json=body)
         first.cancel()
         assert refused.status_code == 429

@@ -7,13 +7,7 @@ import pytest
 
 from services.core.errors import ModelFileError
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
-from tests.unit.gateway.in_memory_cluster import MODEL
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
+from tests.unit.gateway.in_memory_cluster import MODEL, until
 
 
 async def cancelled_kinds(cluster) -> set[str]:

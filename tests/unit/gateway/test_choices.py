@@ -12,7 +12,7 @@ import pytest
 from services.core.errors import EngineFailed, KvSourceLost, Overloaded, WorkerLost
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.memory_worker_client import ANY_WORKER, Call, Fault
-from tests.unit.gateway.in_memory_cluster import MODEL
+from tests.unit.gateway.in_memory_cluster import MODEL, until
 from tests.unit.gateway.scripted_worker_server import report
 
 N = 3
@@ -161,9 +161,7 @@ async def test_a_stop_string_ends_its_choice_on_the_worker_and_the_others_go_on(
     word = cluster.gateway.model.token_bytes.of(cluster.answer_ids[0]).decode()
     cluster.workers.script(ANY_WORKER, "decode", hanging := Fault(None, after_tokens=1))
     asking = asyncio.create_task(ask(cluster, stop=word))
-    async with asyncio.timeout(5):
-        while not cluster.workers.ended_choices:
-            await asyncio.sleep(0.002)
+    await until(lambda: cluster.workers.ended_choices)
     hanging.end.set()
     answer = await asking
     assert [choice for _, choice in cluster.workers.ended_choices] == [0]
@@ -188,9 +186,7 @@ async def test_stop_strings_in_all_choices_end_the_request_at_once(cluster) -> N
 async def test_a_client_that_goes_cancels_all_choices(cluster) -> None:
     cluster.workers.script(ANY_WORKER, "decode", Fault(None, after_tokens=2))
     asking = asyncio.create_task(ask(cluster))
-    async with asyncio.timeout(5):
-        while not decodes(cluster):
-            await asyncio.sleep(0.002)
+    await until(lambda: decodes(cluster))
     asking.cancel()
     await asyncio.wait([asking])
     assert cluster.workers.running == []
@@ -299,9 +295,7 @@ async def test_a_stop_string_among_choices_that_were_resumed_together_ends_only_
     hanging = [Fault(None, after_tokens=6) for _ in range(2)]
     cluster.workers.script(ANY_WORKER, "decode", Fault(LOST, after_tokens=1), *hanging)
     asking = asyncio.create_task(ask(cluster, stop=stop, max_tokens=20))
-    async with asyncio.timeout(5):
-        while not cluster.workers.ended_choices:
-            await asyncio.sleep(0.002)
+    await until(lambda: cluster.workers.ended_choices)
     for fault in hanging:
         fault.end.set()
     await asking
@@ -334,9 +328,7 @@ async def test_an_absurd_n_is_refused_before_anything_is_made_for_its_choices(cl
 async def test_choices_count_against_a_worker_that_has_not_reported_them(cluster) -> None:
     cluster.workers.script(ANY_WORKER, "decode", Fault(None, after_tokens=1))
     asking = asyncio.create_task(ask(cluster))
-    async with asyncio.timeout(5):
-        while not decodes(cluster):
-            await asyncio.sleep(0.002)
+    await until(lambda: decodes(cluster))
     assert sum(view.running for view in cluster.gateway.view.worker_views()) == N
     asking.cancel()
     await asyncio.wait([asking])

@@ -18,7 +18,7 @@ from services.core.errors import (
     WorkerLost,
 )
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
-from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL, four_workers
+from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL, four_workers, until
 from tests.unit.gateway.scripted_worker_server import report
 
 LOST = WorkerLost("connection reset")
@@ -174,8 +174,7 @@ async def test_a_worker_that_leaves_membership_hands_over_its_sequences(start_cl
     cluster = await start_cluster()
     cluster.workers.script(ANY_WORKER, "decode", Fault(None, after_tokens=2))
     asking = asyncio.create_task(ask(cluster))
-    while not any(call.kind == "decode" for call in cluster.workers.running):
-        await asyncio.sleep(0.005)
+    await until(lambda: any(call.kind == "decode" for call in cluster.workers.running))
     stuck = next(call for call in cluster.workers.running if call.kind == "decode").worker
     await cluster.workers.keep_only([w for w in four_workers() if w.key != stuck])
     answer = await asking

@@ -10,6 +10,7 @@ from services.core.sampling import SamplingParams
 from services.gateway.grpc_worker_client import GrpcWorkerClient
 from services.gateway.memory_worker_client import Fault, MemoryWorkerClient
 from services.gateway.worker_client import OutputToken, Sequence, Started
+from tests.unit.gateway.in_memory_cluster import until
 from tests.unit.gateway.scripted_worker_server import ScriptedWorkerServer, report
 
 ANSWER = [11, 12, 13, 14, 15]
@@ -53,12 +54,6 @@ async def grpc_cluster():
 async def collect(events) -> list:
     async with aclosing(events):
         return [event async for event in events]
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture(params=[memory_cluster, grpc_cluster], ids=["memory", "grpc"])
