@@ -12,8 +12,8 @@ the loop's turns.
 
 Releasing a handle or removing its peer proves nothing: with UCX over TCP and a source that was stopped,
 NIXL forgot the read without an error and its bytes landed when the source went on. So any failure, a
-read given up for 2 s, and 10 s in which no read got done all destroy the agent; a new one takes its
-place within 20 ms and repeats what other reads were in flight, once.
+read given up for 2 s, one that takes 30 s, and 10 s in which no read got done all destroy the agent; a
+new one takes its place within 20 ms and repeats what other reads were in flight, once.
 Should UCX hang in that, the reads never end and their blocks stay out of use: closed, not corrupt.
 """
 
@@ -36,6 +36,7 @@ from services.transfer.nixl_agent import NixlAgent, Range
 _PAUSE_MIN_S, _PAUSE_MAX_S = 50e-6, 1e-3  # between polls, doubling
 _GIVEN_UP_S = 2.0  # a read that nobody waits for any more
 _STUCK_S = 10.0  # no read of this worker got done for so long
+_ENDLESS_S = 30.0  # one read, of 64 MiB at most, while others get done
 _CLOSE_S = 5.0
 _PEERS_MAX = 256  # as many as gRPC connections; the least recently used go first
 
@@ -67,6 +68,7 @@ class _Read:
     done: "Future[None]" = field(default_factory=Future)
     peer: _Peer | None = None
     handle: int = 0
+    posted_s: float = 0.0
     given_up_s: float | None = None
     repeated: bool = False
 
@@ -147,6 +149,7 @@ class NixlReader:
             except Exception as error:  # a bug of ours: whoever waits for a read must hear of its end
                 logger.exception("the thread of the NIXL reads broke")
                 self._fence(repr(error))
+                self._wake.set()  # for the jobs behind the one that broke
         while self._jobs:
             self._jobs.popleft()()
         self._fence("this worker stops")
@@ -165,8 +168,12 @@ class NixlReader:
         except (TransportUnavailable, KvLinkLost) as error:
             read.done.set_exception(KvLinkLost(error.message))
             return
+        except Exception as error:
+            read.done.set_exception(KvLinkLost(f"a NIXL read did not begin: {error!r}"))
+            raise
+        read.posted_s = time.monotonic()
         if not self._reading:
-            self._progress_s = time.monotonic()
+            self._progress_s = read.posted_s
         self._reading.append(read)
         try:
             read.handle = agent.post_read(read.peer.name, read.pool.address, read.ranges)
@@ -199,6 +206,9 @@ class NixlReader:
         for read in self._reading:
             if read.given_up_s is not None and now - read.given_up_s > _GIVEN_UP_S:
                 self._fence(f"a cancelled read has not ended for {_GIVEN_UP_S:g} s", culprit=read)
+                return
+            if now - read.posted_s > _ENDLESS_S:
+                self._fence(f"a read has not ended for {_ENDLESS_S:g} s", culprit=read)
                 return
         if self._reading and now - self._progress_s > _STUCK_S:
             self._fence(f"no read got done for {_STUCK_S:g} s")
@@ -250,7 +260,7 @@ def _check_inside(ranges: Sequence[Range], remote_bytes: int, local_bytes: int) 
 def _settle(future: "Future[None]", job: Callable[[], object]) -> None:
     try:
         job()
-    except DiptychError as error:
+    except Exception as error:
         future.set_exception(error)
     else:
         future.set_result(None)

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from services.core.errors import KvLinkLost
-from services.transfer.nixl_agent import Range
+from services.transfer import nixl_reader
+from services.transfer.nixl_agent import NixlAgent, Range
 from services.transfer.nixl_reader import NixlReader, RemotePool
 
 POOL = RemotePool(b"metadata", 0, 100)
@@ -18,6 +19,7 @@ class Agents:
     def __init__(self) -> None:
         self.made = 0
         self.outcomes: dict[int, str] = {}
+        self.bug: Exception | None = None  # that connecting raises, once
         self.posted: list[tuple[int, int]] = []  # number of the agent, first byte
 
     def __call__(self, owner: str, memory: memoryview) -> "ScriptedAgent":
@@ -30,6 +32,9 @@ class ScriptedAgent:
         self._agents, self._number = agents, number
 
     def add_peer(self, metadata: bytes) -> str:
+        if bug := self._agents.bug:
+            self._agents.bug = None
+            raise bug
         return metadata.decode()
 
     def post_read(self, peer: str, peer_address: int, ranges: Sequence[Range]) -> int:
@@ -113,6 +118,40 @@ async def test_a_cancelled_read_is_not_begun_again(reader: NixlReader, agents: A
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     assert len(agents.posted) == 2
+
+
+async def test_a_read_that_cannot_even_begin_fails_and_those_behind_it_end_too(
+    reader: NixlReader, agents: Agents
+) -> None:
+    agents.bug, agents.outcomes[2] = RuntimeError("an error of the bindings"), "arrives"
+    broken, behind = begin(reader, 1), begin(reader, 2)
+    async with asyncio.timeout(5):
+        with pytest.raises(KvLinkLost, match="of the bindings"):
+            await broken
+        await behind
+
+
+async def test_an_agent_that_breaks_in_an_unknown_way_ends_the_start() -> None:
+    def broken(owner: str, memory: memoryview) -> NixlAgent:
+        raise RuntimeError("an error of the bindings")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(RuntimeError, match="of the bindings"):
+            await NixlReader("reader", memoryview(bytearray(100)), broken).start()
+
+
+async def test_a_read_that_never_ends_fails_though_others_get_done(
+    reader: NixlReader, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl_reader, "_ENDLESS_S", 0.2)
+    agents.outcomes[2] = "arrives"
+    stuck = begin(reader, 1)
+    async with asyncio.timeout(5):
+        while not stuck.done():
+            await begin(reader, 2)
+            await asyncio.sleep(0.01)
+    with pytest.raises(KvLinkLost, match="has not ended"):
+        await stuck
 
 
 async def test_closing_fails_what_is_in_flight(reader: NixlReader, agents: Agents) -> None:
