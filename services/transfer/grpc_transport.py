@@ -148,8 +148,10 @@ class GrpcKvTransport:
     async def _close_idle(self) -> None:
         """Keep the number of connections bounded; one in use is never closed."""
         idle = [address for address, peer in self._peers.items() if peer.calls == 0]
-        for address in idle[: max(len(self._peers) - _CHANNELS_MAX, 0)]:
-            await self._peers.pop(address).channel.close()
+        surplus = idle[: max(len(self._peers) - _CHANNELS_MAX, 0)]
+        # All of them before the first wait, in which others may take or close one.
+        for peer in [self._peers.pop(address) for address in surplus]:
+            await peer.channel.close()
 
 
 def serve_kv(kv: KvServer, server: grpc.aio.Server) -> None:
