@@ -11,9 +11,9 @@ Messages = AsyncGenerator[KvHeader | KvChunk, None]
 
 
 async def read_header(messages: Messages) -> KvHeader:
-    """Raises KvCorrupt if something else comes first."""
+    """Raises KvCorrupt if something else comes first, or a header that says nothing."""
     header = await anext(messages, None)
-    if not isinstance(header, KvHeader):
+    if not isinstance(header, KvHeader) or not header.block_size:
         raise KvCorrupt("the transfer began without its header")
     return header
 

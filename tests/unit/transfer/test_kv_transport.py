@@ -1,7 +1,7 @@
 """Every KvTransport brings exactly the source's bytes, while they are computed, or says why not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
@@ -22,13 +22,14 @@ from services.core.errors import (
 from services.transfer import grpc_transport
 from services.transfer.destination import Destination
 from services.transfer.grpc_transport import GrpcKvTransport, serve_kv
+from services.transfer.inline import place_inline
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.memory_transport import MemoryKvTransport
 from services.transfer.nixl_reader import NixlReader
 from services.transfer.nixl_source import NixlSource
 from services.transfer.nixl_transport import NixlKvTransport
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import FirstToken, KvChunk, KvSource, KvTransport, NixlOffer
+from services.transfer.protocol import FirstToken, KvChunk, KvHeader, KvSource, KvTransport, NixlOffer
 from services.transfer.receive import Received, ReceiveObserver, receive_kv, receive_lent
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server
@@ -426,6 +427,23 @@ async def test_a_pull_that_breaks_goes_on_from_the_token_it_reached() -> None:
     assert received.bytes == 6 * source.memory.block_bytes, "a block travelled twice"
     assert len(puller.broken) == 3
     assert puller.memory.read(range(6)) == source.memory.read(TABLE)
+
+
+@pytest.mark.parametrize(
+    "messages", [[KvChunk(0, 0)], [KvHeader(0)], [KvHeader(SIZE), KvHeader(SIZE)]], ids=str
+)
+async def test_messages_that_make_no_transfer_are_the_source_s_fault(
+    messages: list[KvHeader | KvChunk],
+) -> None:
+    async def sent() -> AsyncGenerator[KvHeader | KvChunk, None]:
+        for message in (*messages, KvChunk(0, SIZE, bytes(SIZE * 8))):
+            yield message
+
+    memory = pool()
+    with pytest.raises(KvCorrupt):
+        async with aclosing(place_inline(sent(), Destination(memory, TABLE, TOKENS, 0), 0)) as arriving:
+            async for _ in arriving:
+                pass
 
 
 async def test_a_source_that_nobody_serves_is_lost() -> None:

@@ -114,6 +114,13 @@ def test_a_pool_of_another_model_or_size_is_refused(folder: Path) -> None:
         TorchRunner(files, wrong, None, threads=1)
 
 
+def test_a_device_that_cannot_share_its_pool_with_the_transfers_is_refused(folder: Path) -> None:
+    files = open_model(folder)
+    geometry = files.config.pool_geometry(6, 8)
+    with pytest.raises(ConfigError, match="must be on the CPU"):
+        TorchRunner(files, geometry, memoryview(bytearray(geometry.bytes)), threads=1, device="cuda")
+
+
 def test_choices_of_one_row_are_what_each_gives_alone(folder: Path) -> None:
     """One forward pass gives all of them, beside rows with one choice or none."""
     runner = open_runner(folder)
