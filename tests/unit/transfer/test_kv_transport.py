@@ -439,11 +439,31 @@ async def test_messages_that_make_no_transfer_are_the_source_s_fault(
         for message in (*messages, KvChunk(0, SIZE, bytes(SIZE * 8))):
             yield message
 
-    memory = pool()
+    arriving = place_inline(sent(), Destination(pool(), TABLE, TOKENS, 0), 0)
     with pytest.raises(KvCorrupt):
-        async with aclosing(place_inline(sent(), Destination(memory, TABLE, TOKENS, 0), 0)) as arriving:
-            async for _ in arriving:
-                pass
+        [arrived async for arrived in arriving]
+
+
+class BreaksUnproven(BreakingTransport):
+    """What it brings before its last break is not proven."""
+
+    async def pull(self, source, transfer_id, destination, first_token):  # type: ignore[no-untyped-def]
+        proven = not self.breaks
+        async with aclosing(super().pull(source, transfer_id, destination, first_token)) as arriving:
+            async for arrived in arriving:
+                yield replace(arrived, proven=proven)
+
+
+async def test_proven_kv_behind_kv_that_is_not_proves_nothing_before_the_confirmation() -> None:
+    source = Source()
+    source.server._blocks_per_chunk = 1
+    source.compute()
+    transport = BreaksUnproven({"here:1": source.server}, compatibility())
+    transport.breaks = [2]
+    puller = Puller(transport, "here:1")
+    await puller.receive()
+    assert puller.landed == [4, 8, 12, 16, 20, 22, 22]
+    assert set(puller.proven) == {0}
 
 
 async def test_a_source_that_nobody_serves_is_lost() -> None:
