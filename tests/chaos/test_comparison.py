@@ -1,10 +1,12 @@
 """Every choice of an answer is compared with the undisturbed one, and is whole by itself."""
 
+import json
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.chaos.comparison import compare
+from tests.chaos.comparison import compare, compare_all
 from tests.chaos.reply import Choice, Reply
 from tests.chaos.report import Findings
 from tests.chaos.ties import TieJudge
@@ -74,6 +76,35 @@ async def test_choices_in_another_order_are_different() -> None:
     swapped = reply()
     swapped.choices[:2] = reversed(swapped.choices[:2])
     assert "choice 0" in (await found(swapped)).different[0]
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_a_resumed_answer_to_a_drawn_seed_is_compared_with_one_asked_for_with_that_seed(
+    same: bool,
+) -> None:
+    def say(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        asked.append(body)
+        token = 1 if same else 2
+        choices = [
+            {"index": n, "text": "a", "token_ids": [token], "finish_reason": "stop"} for n in range(body["n"])
+        ]
+        usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+        return httpx.Response(200, json={"choices": choices, "usage": usage, "timings": {"attempts": 1}})
+
+    asked: list[dict] = []
+    ask = Ask(2, "unseeded", "/v1/completions", {"max_tokens": 2, "n": 2})
+    two = [Choice([1], "a", "stop"), Choice([1], "a", "stop")]
+    timings = {"attempts": 3, "seed": 77}
+    resumed = Reply(ask, 0.0, two, {"prompt_tokens": 5}, timings, end="completed")
+    at_once = Reply(ask, 0.0, two, {"prompt_tokens": 5}, timings | {"attempts": 1}, end="completed")
+    findings = Findings(60, 1, "grpc")
+    findings.replies = [resumed, at_once]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(say), base_url="http://server") as http:
+        await compare_all(findings, {}, Judge(tie_at=None), http)
+    assert asked == [ask.body | {"seed": 77}]
+    assert findings.unseeded_checked == 1
+    assert len(findings.different) == (0 if same else 1)
 
 
 @pytest.mark.parametrize(
