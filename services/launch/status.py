@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from services.core.worker_report import WorkerReport
@@ -52,5 +53,5 @@ def table(reports: list[WorkerReport]) -> Table:
         load = (report.running, report.waiting, report.queued_prefill_tokens)
         blocks = (figures["blocks_used"], report.blocks_cached, report.blocks_total)
         hits = "-" if figures["prefix_hit_rate"] is None else f"{figures['prefix_hit_rate']:.0%}"
-        result.add_row(report.worker_id, report.role, report.state, *map(str, (*load, *blocks)), hits)
+        result.add_row(escape(report.worker_id), report.role, report.state, *map(str, (*load, *blocks)), hits)
     return result

@@ -4,6 +4,7 @@ import asyncio
 import json
 from io import StringIO
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -56,6 +57,13 @@ def test_the_table_has_a_row_per_worker() -> None:
     assert isinstance(console.file, StringIO)
     row = next(line for line in console.file.getvalue().splitlines() if "decode-7" in line)
     assert row.split() == ["decode-7", "decode", "ready", "3", "0", "0", "10", "30", "100", "25%"]
+
+
+def test_a_worker_s_name_is_shown_as_it_is() -> None:
+    console = Console(file=StringIO(), width=80)
+    console.print(table([msgspec.structs.replace(REPORT, worker_id="gpu[a]")]))
+    assert isinstance(console.file, StringIO)
+    assert "gpu[a]" in console.file.getvalue()
 
 
 async def announce(url: str) -> None:
