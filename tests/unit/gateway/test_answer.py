@@ -81,3 +81,21 @@ async def test_the_workers_are_let_go_before_the_last_delta(tokenizer) -> None:
         async for delta in deltas:
             assert closed == (delta.finish is not None)
     assert closed
+
+
+async def test_tokens_that_cross_the_end_of_their_choice_are_not_counted(tokenizer) -> None:
+    """Choices with attempts of their own: the worker of choice 0 has not heard yet of its stop string."""
+    stop, other = (tokenizer.encode(text, add_special_tokens=False)[0] for text in ("STOP", "other"))
+
+    async def events():
+        for index in range(3):
+            yield OutputToken(index, stop, None if index < 2 else "length", choice=0)
+            yield OutputToken(index, other, None if index < 2 else "length", choice=1)
+
+    journal = Journal("completions", ManualClock(), GatewayMetrics(), 0.0)
+    texts = [AnswerText(Detokenizer(TokenBytes(tokenizer.backend)), StopMatcher(["ST"]), 0) for _ in range(2)]
+    async with aclosing(answer(events(), texts, choices := Choices(2), journal)) as deltas:
+        finishes = [(delta.choice, delta.finish) async for delta in deltas if delta.finish]
+    assert finishes == [(0, "stop"), (1, "length")]
+    assert journal.usage.completion_tokens == 1 + 3
+    assert not choices.goes_on(0)

@@ -246,6 +246,8 @@ async def test_one_choice_failing_again_and_again_leaves_the_others_their_attemp
     cluster = await start_cluster(attempts_max=3, reports=MANY)
     cluster.workers.script(ANY_WORKER, "decode", *[Fault(LOST, after_tokens=1)] * 4)
     assert_whole(cluster, await ask(cluster))
+    visits = cluster.metric("stage_seconds_count", stage="admitted")
+    assert visits == 2, "at first, and when all failed together; later failures let the others go on"
 
 
 async def test_a_choice_that_cannot_be_saved_fails_the_request_and_ends_the_others(start_cluster) -> None:

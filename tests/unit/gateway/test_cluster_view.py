@@ -152,6 +152,16 @@ async def test_while_redis_is_away_a_suspect_that_nobody_can_replace_is_tried_ag
     assert all(ready(world).values())
 
 
+@pytest.mark.parametrize("state", ["draining", "stalled"])
+async def test_while_redis_is_away_a_worker_that_takes_no_work_replaces_no_suspect(world, state) -> None:
+    await world.announce(D1, report("d2", "decode", state=state))
+    world.membership.available = False
+    await world.view.refresh()
+    world.view.suspect(D1.key)
+    world.clock.advance(SUSPICION_S + 0.1)
+    assert ready(world) == {"d1": True, "d2": False}
+
+
 async def test_while_redis_is_away_a_silent_worker_replaces_no_suspect(world) -> None:
     await world.announce(report("d1", "decode", beat=1), report("d2", "decode", beat=1))
     world.clock.advance(SILENT_S + 0.1)
@@ -286,6 +296,15 @@ class TestInFlight:
             view = in_flight.added_to(self.VIEW, reports_arrive=True)
             assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (queued, running, 6)
         assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
+
+    @pytest.mark.parametrize(
+        ("part", "running", "blocks"), [("prefill", 0, 6), ("decode", 3, 4), ("alone", 3, 4)]
+    )
+    def test_choices_share_their_prompt_s_blocks_where_they_are_decoded(self, part, running, blocks) -> None:
+        in_flight = InFlight(ManualClock())
+        with in_flight.sent(self.route(part), 40, 3):
+            view = in_flight.added_to(self.VIEW, reports_arrive=True)
+            assert (view.running, view.blocks_available) == (running, blocks)
 
     def test_sent_work_is_not_counted_twice_once_reports_include_it(self) -> None:
         clock = ManualClock()
