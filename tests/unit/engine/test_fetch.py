@@ -158,6 +158,20 @@ class TestFetching:
         assert tokens_of(reports)["x"] == expected[: len(tokens_of(reports)["x"])]
         assert computed_in(reports) == 30
 
+    def test_what_landed_but_was_not_proven_is_computed(self, kind: Kind) -> None:
+        reader = Worker()
+        admitted = reader.admit(submit("x", kind=kind, fetch_tokens=40))
+        pool_bytes = BLOCKS * reader.block_bytes
+        reader.pool[:pool_bytes] = bytes([255]) * pool_bytes
+        reader.engine.handle(Landed("x", 40, proven=0))
+        assert not reader.engine.take_report().stored
+        reader.engine.handle(Fetched("x"))
+        reports = reader.turns()
+        expected = Worker().run(submit("x"))
+        assert len(admitted.block_ids) == 10
+        assert tokens_of(reports)["x"] == expected[: len(tokens_of(reports)["x"])]
+        assert computed_in(reports) == len(PROMPT)
+
     def test_a_sequence_that_fetches_lets_those_behind_it_pass(self, kind: Kind) -> None:
         reader = Worker()
         reader.engine.handle(submit("fetches", kind=kind, fetch_tokens=40))

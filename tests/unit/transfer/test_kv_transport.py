@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from services.core.block_hash import Compatibility
-from services.core.clock import SystemClock
+from services.core.clock import Clock, ManualClock, SystemClock
 from services.core.errors import (
     DiptychError,
     Incompatible,
@@ -29,7 +29,15 @@ from services.transfer.nixl_reader import NixlReader
 from services.transfer.nixl_source import NixlSource
 from services.transfer.nixl_transport import NixlKvTransport
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import FirstToken, KvChunk, KvHeader, KvSource, KvTransport, NixlOffer
+from services.transfer.protocol import (
+    FirstToken,
+    KvChunk,
+    KvHeader,
+    KvSource,
+    KvTransport,
+    NixlOffer,
+    PullOrder,
+)
 from services.transfer.receive import Received, ReceiveObserver, receive_kv, receive_lent
 from services.transfer.server import KvServer
 from services.wire.channel import listen, new_server
@@ -145,11 +153,17 @@ class Puller:
         self.proven: list[int] = []
         self.broken: list[DiptychError] = []
 
-    async def receive(self, held_tokens: int = 0, transfer_id: str = "r/0", epoch: int = EPOCH) -> Received:
+    async def receive(
+        self,
+        held_tokens: int = 0,
+        transfer_id: str = "r/0",
+        epoch: int = EPOCH,
+        clock: Clock = SystemClock(),  # noqa: B008
+    ) -> Received:
         destination = Destination(self.memory, self.table, TOKENS, held_tokens)
         source = replace(self.source, epoch=epoch)
         observer = ReceiveObserver(self._on_landed, self.broken.append)
-        return await receive_kv(self.transport, source, transfer_id, destination, SystemClock(), observer)
+        return await receive_kv(self.transport, source, transfer_id, destination, clock, observer)
 
     def _on_landed(self, tokens: int, proven: int) -> None:
         self.landed.append(tokens)
@@ -337,6 +351,28 @@ async def test_a_lent_prefix_arrives_and_is_proven_as_a_whole(connect) -> None: 
     assert source.ends == ["released"]
 
 
+async def test_a_lent_prefix_whose_blocks_were_reused_proves_nothing_that_was_read(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    async with connect(source, compatibility()) as link:
+        puller = Puller(*link)
+        lent = await puller.transport.lend(puller.source, "r/0/prefix", list(range(TOKENS)), "known")
+
+        def reuse_at_the_end(tokens: int, proven: int) -> None:
+            puller._on_landed(tokens, proven)
+            if tokens == lent:
+                source.reuse(TABLE[0])
+
+        with pytest.raises(LeaseExpired):
+            await receive_lent(
+                *(puller.transport, puller.source, "r/0/prefix"),
+                *(Destination(puller.memory, puller.table, lent, 0), SystemClock()),
+                ReceiveObserver(reuse_at_the_end),
+            )
+    assert source.ends == ["stale"]
+    if isinstance(puller.transport, NixlKvTransport):
+        assert set(puller.proven) == {0}
+
+
 async def test_a_prefix_that_is_not_cached_is_not_lent(connect) -> None:  # type: ignore[no-untyped-def]
     source = Source()
     async with connect(source, compatibility()) as link:
@@ -427,6 +463,51 @@ async def test_a_pull_that_breaks_goes_on_from_the_token_it_reached() -> None:
     assert received.bytes == 6 * source.memory.block_bytes, "a block travelled twice"
     assert len(puller.broken) == 3
     assert puller.memory.read(range(6)) == source.memory.read(TABLE)
+
+
+async def test_a_pull_is_tried_again_only_until_another_source_is_better() -> None:
+    source, clock = Source(), ManualClock()
+    source.compute()
+
+    class Slow(BreakingTransport):
+        async def pull(self, *order):  # type: ignore[no-untyped-def]
+            clock.advance(1.5)
+            async with aclosing(super().pull(*order)) as arriving:
+                async for arrived in arriving:
+                    yield arrived
+
+    transport = Slow({"here:1": source.server}, compatibility())
+    transport.breaks = [0] * 9
+    puller = Puller(transport, "here:1")
+    receiving = asyncio.create_task(puller.receive(clock=clock))
+    while not receiving.done():
+        await asyncio.sleep(0)
+        clock.advance(0.01)
+    with pytest.raises(KvLinkLost):
+        await receiving
+    assert len(puller.broken) == 2, "broke at 1.5 s, at 3 s and at 4.5 s"
+
+
+async def test_a_pull_of_a_failed_prefill_ends_before_the_next_chunk() -> None:
+    source = Source()
+    source.server._blocks_per_chunk = 1
+    source.compute()
+    order = PullOrder(transfer_id="r/0", first_token=0, epoch=EPOCH, compatibility=compatibility())
+    async with aclosing(source.server.pull(order)) as messages:
+        assert [type(await anext(messages)) for _ in range(2)] == [KvHeader, KvChunk]
+        source.leases.fail_all(RequestCancelled("the gateway has gone"))
+        with pytest.raises(RequestCancelled):
+            await anext(messages)
+
+
+async def test_an_incarnation_that_has_ended_confirms_nothing(connect) -> None:  # type: ignore[no-untyped-def]
+    source = Source()
+    source.compute()
+    async with connect(source, compatibility()) as link:
+        puller = Puller(*link)
+        assert not await puller.transport.release(replace(puller.source, epoch=EPOCH - 1), "r/0")
+        assert source.ends == []
+        assert await puller.transport.release(puller.source, "r/0")
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,19 @@ class TestCancelled:
             await until(lambda: cluster.decode.engine.idle.is_set())
             cluster.prefill.engine.resume()
 
+    async def test_no_block_is_given_up_while_a_cancelled_fetch_may_still_write(self) -> None:
+        transport = SlowToEnd()
+        async with running() as cluster:
+            worker = cluster.decode
+            worker.fetcher._transport = transport
+            await cluster.session.submit(cluster.wanted(cluster.source(cluster.prefill)))
+            await until(lambda: transport.lends)
+            await cluster.session.cancel("r")
+            await asyncio.sleep(0.05)
+            assert worker.engine.sequences == 1, "the blocks may be reused under the fetch"
+            transport.written.set()
+            await until(lambda: worker.engine.idle.is_set())
+
 
 class TestLoans:
     def reader(self, cluster: Cluster) -> tuple[KvSide, KvSource]:
