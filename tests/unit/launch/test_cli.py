@@ -105,6 +105,8 @@ def test_a_missing_model_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixtu
     assert main(["up", "--port", "0", "--model", "/no/such/model"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("diptych: /no/such/model does not exist")
+    assert main(["up", "--port", "0", "--model", "~nobody-of-this-name/model"]) == 1
+    assert "~nobody-of-this-name/model does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("service", ["gateway", "worker"])

@@ -79,6 +79,7 @@ def test_a_model_that_is_not_there_yet_is_a_warning_and_a_wrong_one_is_broken(
     assert "diptych model pull" in missing.detail
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
     assert checks.check_model(str(tmp_path / "damaged.gguf")).state == "broken"
+    assert checks.check_model("~nobody-of-this-name/model").state == "broken"
 
 
 def test_a_device_that_torch_does_not_have_is_broken() -> None:
