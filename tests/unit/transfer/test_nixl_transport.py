@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from services.core.clock import ManualClock
-from services.core.errors import Incompatible, KvLinkLost
+from services.core.errors import Incompatible, KvLinkLost, KvSourceLost
 from services.transfer.grpc_transport import GrpcKvTransport
 from services.transfer.nixl_agent import Range
 from services.transfer.nixl_reach import Reach
@@ -201,6 +201,22 @@ async def test_a_read_is_given_up_when_the_source_says_that_the_transfer_failed(
         async with asyncio.timeout(5):
             with pytest.raises(Incompatible, match="the end"):
                 await receiving
+
+
+async def test_a_link_that_breaks_beside_a_read_says_nothing_against_reads() -> None:
+    source = Source()
+    source.compute(upto=8)
+    lease = await source.leases.find("r/0", 0)
+    async with linked(source, PoolOffer()) as link:
+        link.reader.goes_on.clear()
+        puller = link.puller()
+        receiving = asyncio.create_task(puller.receive())
+        await link.reader.reading.wait()
+        source.leases.fail(lease, KvLinkLost("the source's own link"))
+        async with asyncio.timeout(5):
+            with pytest.raises(KvSourceLost, match="no prefill"):
+                await receiving
+        assert not link.transport._avoids(puller.source)
 
 
 async def test_the_exposed_time_includes_the_read_that_the_last_message_waited_for() -> None:

@@ -25,6 +25,7 @@ from services.worker.config import WorkerConfig
 from services.worker.identity import WorkerIdentity
 from services.worker.main import Surroundings, Worker
 from tests.support.in_process_engine import VOCAB, InProcessEngine, compatibility, geometry
+from tests.unit.transfer.test_prefix_fetch import SlowToEnd
 
 GRACE_S = 1.0
 BLOCKS = 8_192
@@ -200,6 +201,34 @@ async def test_a_worker_that_stood_still_is_another_incarnation_and_holds_nothin
     await subject.submit("new", epoch=2, max_tokens=3)
     subject.tokens = 0
     await subject.running()
+
+
+async def test_a_cancelled_prefill_gives_no_block_up_while_its_fetch_may_still_write(
+    subject: Subject,
+) -> None:
+    transport = SlowToEnd()
+    subject.worker._incarnation.role = "both"
+    subject.worker._server._fetcher._transport = transport
+    request = worker_pb2.PrefillRequest(
+        sequence=worker_pb2.Sequence(
+            request_id="r",
+            prompt_ids=range(1, 18),
+            sampling=sampling_to_wire(SamplingParams(max_tokens=2)),
+            prefix=worker_pb2.PrefixSource(worker=worker_pb2.KvSource(worker_id="s", epoch=7), tokens=16),
+        ),
+        epoch=1,
+    )
+    call = worker_pb2_grpc.PrefillStub(subject.channel).Run(request)
+    async with asyncio.timeout(5):
+        while not transport.lends:
+            await asyncio.sleep(0.005)
+        call.cancel()
+        while subject.worker._server.leases.open_leases:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        assert subject.engine.sequences == 1, "the blocks may be reused under the fetch"
+        transport.written.set()
+        await subject.engine.idle.wait()
 
 
 async def test_an_absent_membership_ends_no_incarnation(subject: Subject) -> None:
