@@ -15,6 +15,7 @@ import msgspec
 from services.core.block_hash import Compatibility
 from services.core.clock import Clock
 from services.core.errors import KvLinkLost
+from services.transfer.ahead import until_done
 from services.transfer.grpc_transport import GrpcKvTransport
 from services.transfer.nixl_agent import Range
 from services.transfer.nixl_reach import Reach
@@ -90,8 +91,7 @@ class _Reader:
         try:
             await asyncio.shield(copying)
         except asyncio.CancelledError:
-            await asyncio.wait([copying])  # what has begun cannot be called back
-            copying.exception()
+            await until_done(copying)  # what has begun cannot be called back
             raise
 
     async def close(self) -> None:
