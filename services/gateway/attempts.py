@@ -84,9 +84,9 @@ class Patience:
     def note(self, event: Event) -> None:
         """Any word from a worker means that it has room: the next in the line may go. Only a token is
         progress, after which the counts of failures and of waiting for capacity start anew."""
+        self._workerless_since = None  # even a route is one to a worker that is there
         if not isinstance(event, Routed):
             self._line.leave(self)
-            self._workerless_since = None
         if isinstance(event, OutputToken):
             self._waiting_since = None
             self._failures = 0

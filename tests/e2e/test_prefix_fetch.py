@@ -1,13 +1,15 @@
-"""A prefix that one prefill worker has computed is fetched by the other when the first is busy."""
+"""A prefix that one prefill worker has computed is fetched by the other, which computes only the rest."""
 
 import asyncio
 
+import httpx
 import pytest
 
 from services.core.block_hash import chain_hashes, chain_root
 from services.index.redis_index import RedisPrefixIndex
 from services.model.files import open_model
 from tests.e2e.conftest import Clusters
+from tests.e2e.test_live_changes import change_role
 from tests.support.cluster import ClusterSpec, RunningCluster
 from tests.support.completions import Answer, complete, greedy
 from tests.support.prompts import build_prompts
@@ -16,7 +18,7 @@ from tests.support.scrape import Scrape
 
 TWO_PREFILLS = ClusterSpec(prefill=2, decode=1, split="always", blocks=1200)
 NEW_TOKENS = 24
-PREFIX, FIRST_TAIL, SECOND_TAIL = 1024, 404, 129  # lengths; the prefix is 64 whole blocks
+PREFIX, TAIL = 1024, 129  # lengths; the prefix is 64 whole blocks
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +26,24 @@ def prompts(default_model) -> dict[int, list[int]]:
     return {len(prompt): prompt for prompt in build_prompts(open_model(default_model).tokenizer())}
 
 
-async def test_a_long_shared_prompt_is_fetched_where_the_worker_that_has_it_is_busy(
+async def test_a_long_shared_prompt_is_fetched_from_a_worker_that_computes_prompts_no_more(
     clusters: Clusters, prompts, default_model
 ) -> None:
+    """The worker that has the prefix is made a decode worker: the other one must serve the next prompt."""
     cluster = clusters.get_only(TWO_PREFILLS)
-    first, second = (prompts[PREFIX] + prompts[tail] for tail in (FIRST_TAIL, SECOND_TAIL))
+    prompt = prompts[PREFIX] + prompts[TAIL]
     async with cluster.http() as http:
         warm = (await complete(http, greedy(prompts[PREFIX], 1))).timings["prefill_worker"]
+        cold = {"prefill-0": "prefill-1", "prefill-1": "prefill-0"}[warm]
         await until_published(cluster, warm, prompts[PREFIX])
-        before = await cluster.worker_metrics()
-        busy = asyncio.create_task(complete(http, greedy(first, NEW_TOKENS)))
-        await cluster.until_computing(warm, "prefill")
-        answer = await complete(http, greedy(second, NEW_TOKENS))
-        others = await busy
-    cold = answer.timings["prefill_worker"]
-    assert (others.timings["prefill_worker"], {warm, cold}) == (warm, {"prefill-0", "prefill-1"})
-    check_counts(answer, before[cold], (await cluster.worker_metrics())[cold])
-    reference = Reference(default_model)
-    reference.check_greedy(first, others.token_ids)
-    reference.check_greedy(second, answer.token_ids)
+        before = (await cluster.worker_metrics())[cold]
+        await change_role(cluster, warm, "decode")
+        await until_gateway_knows(http, warm, "decode")  # else it tries the worker first, and avoids it then
+        answer = await complete(http, greedy(prompt, NEW_TOKENS))
+        await change_role(cluster, warm, "prefill")
+    assert answer.timings["prefill_worker"] == cold
+    check_counts(answer, before, (await cluster.worker_metrics())[cold])
+    Reference(default_model).check_greedy(prompt, answer.token_ids)
 
 
 def check_counts(answer: Answer, before: Scrape, after: Scrape) -> None:
@@ -52,11 +53,17 @@ def check_counts(answer: Answer, before: Scrape, after: Scrape) -> None:
         return after.value(name, **labels) - before.value(name, **labels)
 
     assert (answer.timings["cached_tokens_prefill"], answer.timings["fetched_tokens"]) == (0, PREFIX)
-    assert grown("diptych_worker_batch_tokens_sum", kind="prefill") == SECOND_TAIL
+    assert grown("diptych_worker_batch_tokens_sum", kind="prefill") == TAIL
     assert grown("diptych_fetch_tokens_total") == PREFIX
     assert grown("diptych_fetch_failures_total") == 0
-    assert answer.usage["prompt_tokens"] == PREFIX + SECOND_TAIL
+    assert answer.usage["prompt_tokens"] == PREFIX + TAIL
     assert answer.usage["prompt_tokens_details"] == {"cached_tokens": PREFIX}
+
+
+async def until_gateway_knows(http: httpx.AsyncClient, worker_id: str, role: str) -> None:
+    async with asyncio.timeout(10):
+        while {w["worker_id"]: w["role"] for w in (await http.get("/v1/cluster")).json()}[worker_id] != role:
+            await asyncio.sleep(0.02)
 
 
 async def until_published(cluster: RunningCluster, worker_id: str, prompt: list[int]) -> None:

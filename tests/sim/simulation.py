@@ -23,7 +23,7 @@ from tests.sim.one_sided import SharedMemory
 from tests.sim.received import Received
 from tests.sim.store import SimStore
 from tests.sim.trace import Trace, TracedLogs
-from tests.sim.worker import SimWorker, World
+from tests.sim.worker import SimWorker, World, toy_messages
 from tests.sim.workload import Request, Workload
 
 REQUEST_TIMEOUT_S = 60.0
@@ -59,7 +59,7 @@ def simulate(seed: int, *, build_engine: Any = None, sabotage: Any = None, verbo
     try:
         run = _Run(loop, seed, result, build_engine, sabotage)
         loop.set_exception_handler(run.unhandled)
-        with run.logging(verbose):
+        with toy_messages(), run.logging(verbose):
             loop.run_until_complete(run.whole())
     except Stuck as error:
         result.complaints.append(str(error))

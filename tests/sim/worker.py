@@ -3,7 +3,8 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -28,9 +29,17 @@ from tests.sim.trace import Trace
 MODEL = "arithmetic"
 _LAST_TASKS_S = 1.0  # for the tasks of a process that has ended
 
-# Toy blocks are some 100 bytes, those of a real model up to several MB, with one block in a message.
-kv_server.CHUNK_BYTES = 64
-kv_server.REFERENCE_BYTES = 128
+
+@contextmanager
+def toy_messages() -> Iterator[None]:
+    """Toy blocks are some 100 bytes, those of a real model up to several MB, with one block in a message.
+    The sizes are module constants, and other tests in this process want the real ones."""
+    real = kv_server.CHUNK_BYTES, kv_server.REFERENCE_BYTES
+    kv_server.CHUNK_BYTES, kv_server.REFERENCE_BYTES = 64, 128
+    try:
+        yield
+    finally:
+        kv_server.CHUNK_BYTES, kv_server.REFERENCE_BYTES = real
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 QUIET_TIMEOUT_S = 20.0  # a lease that nobody released lives for 5 s; a killed worker is back in about 6 s
 REQUEST_TIMEOUT_S = 300.0
+STORE_TIMEOUT_S = 10.0
 POLL_S = 0.05
 
 
@@ -95,7 +96,8 @@ class RunningCluster:
         return named
 
     async def reports(self) -> list[WorkerReport]:
-        membership = RedisMembership(self.state.redis_url)
+        """On a busy machine the store may need longer than its clients wait: some of them failed once."""
+        membership = RedisMembership(self.state.redis_url, timeout_s=STORE_TIMEOUT_S)
         try:
             return await membership.workers()
         finally:

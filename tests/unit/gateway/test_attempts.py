@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from router.state import Route
 from services.core.clock import ManualClock
 from services.core.errors import (
     FACTS,
@@ -24,7 +25,7 @@ from services.gateway.attempts import (
     Patience,
     RetryPolicy,
 )
-from services.gateway.generation import AttemptFailed, Event
+from services.gateway.generation import AttemptFailed, Event, Routed
 from services.gateway.waiting_line import HOLD_BACK_AFTER_S, WaitingLine
 from services.gateway.worker_client import OutputToken, Reserved, Started
 from tests.unit.gateway.scripted_worker_server import report
@@ -246,6 +247,14 @@ class TestTheWaitingLine:
         self.refuse(self.old)
         self.clock.advance(POLICY.no_worker_timeout_s + 1)
         self.old.admit_failure(AttemptFailed(NoWorker("none for a moment"), None))
+
+    async def test_a_route_ends_the_time_without_a_worker(self) -> None:
+        self.old.admit_failure(AttemptFailed(NoWorker("none"), None))
+        self.clock.advance(POLICY.no_worker_timeout_s - 1)
+        self.old.note(Routed(Route((), ()), None, D1))
+        self.old.admit_failure(AttemptFailed(WorkerLost("gone"), D1))
+        self.clock.advance(2)
+        self.old.admit_failure(AttemptFailed(NoWorker("none again"), None))
 
     async def test_holding_back_is_waiting_for_capacity_and_ends_like_it(self) -> None:
         self.refuse(self.old)
