@@ -48,4 +48,4 @@ def find(reports: Sequence[WorkerReport], worker_id: str) -> WorkerReport:
 def decodes_without(reports: Sequence[WorkerReport], worker: WorkerReport, role: Role) -> bool:
     """Whether anybody still decodes when `worker` has `role`."""
     others = [report for report in reports if report.worker_id != worker.worker_id]
-    return has_part(role, "decode") or any(other.decodes for other in others)
+    return has_part(role, "decode") or any(other.decodes and other.state == "ready" for other in others)

@@ -29,6 +29,8 @@ from services.transfer.protocol import FirstToken
 # longer than this would have computed the prefix by now.
 LOAN_S = 20.0
 LOANS_MAX = 16
+# Of so many ended leases a pull that comes again is refused at once; older ones it would wait for in vain.
+ENDED_REMEMBERED = 1024
 
 LeaseEnd = Literal["released", "stale", "expired", "failed"]
 
@@ -134,6 +136,7 @@ class LeaseTable:
         self._ttl_s = ttl_s
         self._on_end = on_end
         self._leases: dict[str, Lease] = {}
+        self._ended: dict[str, DiptychError] = {}  # why there is nothing to read; oldest first
         self._parked: dict[str, list[asyncio.Future[Lease]]] = {}
 
     @property
@@ -143,6 +146,7 @@ class LeaseTable:
     def open(self, transfer_id: str, tokens: int) -> Lease:
         assert transfer_id not in self._leases, f"transfer {transfer_id} opened twice"
         lease = self._leases[transfer_id] = Lease(transfer_id, tokens, self._generation)
+        self._ended.pop(transfer_id, None)
         lease.expires_at_s = self._clock.now() + self._ttl_s
         for waiter in self._parked.pop(transfer_id, []):
             if not waiter.done():
@@ -164,6 +168,8 @@ class LeaseTable:
         """The lease of a transfer. A pull that comes before its prefill is parked for `wait_s`."""
         if lease := self._leases.get(transfer_id):
             return lease
+        if transfer_id in self._ended:
+            raise self._ended[transfer_id]
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._parked.setdefault(transfer_id, []).append(waiter)
         try:
@@ -247,6 +253,10 @@ class LeaseTable:
 
     def _end(self, lease: Lease, how: LeaseEnd) -> None:
         del self._leases[lease.transfer_id]
+        why = lease.error or KvSourceLost(f"the lease of transfer {lease.transfer_id} has ended: {how}")
+        self._ended[lease.transfer_id] = why
+        if len(self._ended) > ENDED_REMEMBERED:
+            del self._ended[next(iter(self._ended))]
         self._on_end(lease.transfer_id, how)
 
     def _unpark(self, transfer_id: str, waiter: asyncio.Future[Lease]) -> None:

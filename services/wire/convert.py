@@ -18,7 +18,8 @@ def finish_to_wire(finish: FinishReason | None) -> worker_pb2.FinishReason:
 
 
 def finish_from_wire(finish: worker_pb2.FinishReason) -> FinishReason | None:
-    return _FINISH_FROM_WIRE[finish]
+    """A reason that only a newer peer knows ends the answer like any other: as a stop."""
+    return _FINISH_FROM_WIRE.get(finish, "stop")
 
 
 def sampled_to_wire(

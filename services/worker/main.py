@@ -125,15 +125,19 @@ class Worker:
                 tasks.start(self._server.leases.expire_forever()),
             ]
             config = self._config
-            tasks.start(self._engine.watch(config.step_overdue_s, config.step_stalled_s, self._on_overdue))
+            watching = tasks.start(
+                self._engine.watch(config.step_overdue_s, config.step_stalled_s, self._on_overdue)
+            )
             ending = [tasks.start(stop.wait()), tasks.start(self._engine.failed.wait())]
             logger.info(
                 "ready on %s", self._server.address, extra={"worker_id": self._identity.key.worker_id}
             )
-            await asyncio.wait([*background, *ending], return_when=asyncio.FIRST_COMPLETED)
-            for task in background:
+            await asyncio.wait([*background, watching, *ending], return_when=asyncio.FIRST_COMPLETED)
+            for task in (*background, watching):
                 if task.done():
-                    task.result()  # they never end by themselves: this raises
+                    task.result()  # raises, unless it is the watch, whose end is the engine's
+            if watching.done():
+                await self._engine.failed.wait()
             if self._engine.failed.is_set():
                 raise EngineFailed("the engine process died; restart the worker")
             await self._drain(at_once)

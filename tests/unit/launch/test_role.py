@@ -91,3 +91,8 @@ async def test_a_worker_that_took_anothers_address_keeps_its_role(
 def test_a_cluster_in_which_nobody_decodes_is_noticed(role: Role, other_role: Role, decodes: bool) -> None:
     other = msgspec.structs.replace(REPORT, worker_id="other", role=other_role)
     assert decodes_without([REPORT, other], REPORT, role) is decodes
+
+
+def test_a_worker_that_is_about_to_stop_does_not_count_as_decoding() -> None:
+    other = msgspec.structs.replace(REPORT, worker_id="other", role="both", state="draining")
+    assert not decodes_without([REPORT, other], REPORT, "prefill")

@@ -6,7 +6,7 @@ import pytest
 
 from services.core.clock import ManualClock
 from services.core.errors import KvSourceLost, Overloaded, RequestCancelled, WorkerLost
-from services.transfer.lease import LOAN_S, LOANS_MAX, LeaseTable
+from services.transfer.lease import ENDED_REMEMBERED, LOAN_S, LOANS_MAX, LeaseTable
 from services.transfer.protocol import FirstToken
 
 
@@ -73,6 +73,25 @@ async def test_a_pull_without_a_prefill_ends_and_leaves_nothing_parked(subject: 
     with pytest.raises(KvSourceLost, match="no prefill"):
         await subject.table.find("a", wait_s=0.01)
     subject.table.open("a", 10)  # would fail on a waiter that was left behind
+
+
+async def test_a_pull_of_an_ended_lease_is_refused_at_once_with_the_reason(subject: Subject) -> None:
+    subject.table.open("a", 10).finished(FirstToken(0, 1, None), 0.0)
+    subject.table.release("a")
+    subject.table.fail(subject.table.open("b", 10), RequestCancelled("the client is gone"))
+    with pytest.raises(KvSourceLost, match="released"):
+        await subject.table.find("a", wait_s=60)
+    with pytest.raises(RequestCancelled):
+        await subject.table.find("b", wait_s=60)
+
+
+async def test_only_the_latest_ended_leases_are_remembered(subject: Subject) -> None:
+    for number in range(ENDED_REMEMBERED + 1):
+        subject.table.fail(subject.table.open(str(number), 10), RequestCancelled("the client is gone"))
+    with pytest.raises(KvSourceLost, match="no prefill"):
+        await subject.table.find("0", wait_s=0.01)
+    with pytest.raises(RequestCancelled):
+        await subject.table.find("1", wait_s=60)
 
 
 async def test_a_failed_prefill_wakes_its_reader_with_the_reason(subject: Subject) -> None:

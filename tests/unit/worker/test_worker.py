@@ -290,3 +290,19 @@ async def test_a_second_signal_ends_the_drain_at_once(subject: Subject) -> None:
     assert await subject.failure() == "draining"
     await subject.life
     assert time.monotonic() - started_s < GRACE_S / 2
+
+
+async def test_a_worker_whose_engine_is_no_longer_watched_ends_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    subject = Subject()
+    await subject.report()
+
+    def broken() -> None:
+        raise RuntimeError("a listener's bug")
+
+    monkeypatch.setattr(subject.worker._announcer, "changed", broken)
+    subject.engine.paused = True
+    async with asyncio.timeout(5):
+        with pytest.raises(RuntimeError, match="a listener's bug"):
+            await subject.life
