@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from services.core.clock import ManualClock
-from services.core.errors import Incompatible, KvLinkLost, KvSourceLost
+from services.core.errors import Incompatible, KvLinkLost
 from services.transfer.grpc_transport import GrpcKvTransport
 from services.transfer.nixl_agent import Range
 from services.transfer.nixl_reach import Reach
@@ -214,7 +214,7 @@ async def test_a_link_that_breaks_beside_a_read_says_nothing_against_reads() -> 
         await link.reader.reading.wait()
         source.leases.fail(lease, KvLinkLost("the source's own link"))
         async with asyncio.timeout(5):
-            with pytest.raises(KvSourceLost, match="no prefill"):
+            with pytest.raises(KvLinkLost, match="own link"):
                 await receiving
         assert not link.transport._avoids(puller.source)
 
