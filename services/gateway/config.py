@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from services.gateway.tenant import CacheSharing
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
@@ -22,6 +24,13 @@ class GatewayConfig:
     prefix_fetch: bool = field(
         default=True,
         metadata={"help": "workers fetch cached prefixes from each other when that beats computing them"},
+    )
+    cache_sharing: CacheSharing = field(
+        default="key",
+        metadata={
+            "help": "cached prompts are shared between requests of one API key, or of the whole cluster; "
+            "the request's cache_salt separates further"
+        },
     )
     inflight_max: int = field(
         default=256, metadata={"help": "requests in this gateway at the same time; more get 429"}

@@ -25,6 +25,7 @@ from services.gateway.journal import Journal
 from services.gateway.responses import Timings
 from services.gateway.schema import ChatCompletionRequest, GenerationRequest
 from services.gateway.sse import EventStream
+from services.gateway.tenant import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Exchange(Response):
         # Ours, not the client's: two requests with one X-Request-Id must not meet on a worker.
         self._request_id: str = http.state.request_id
         self._client_request_id: str = http.state.client_request_id
+        self._tenant = Tenant.of(http.headers.get("authorization"))
         self._journal = Journal(endpoint, gateway.clock, gateway.metrics, http.state.received_at)
         form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
         self._format: AnswerFormat = form(self._request_id, gateway.model.name)
@@ -85,7 +87,7 @@ class Exchange(Response):
 
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
-        generation = await self._gateway.prompts.read(self._body, self._request_id, deadline)
+        generation = await self._gateway.prompts.read(self._body, self._request_id, deadline, self._tenant)
         self._journal.admit(len(generation.prompt_ids), generation.sampling.seed)
         context = {"request_id": self._request_id}
         logger.debug("admitted the client's request %s", self._client_request_id, extra=context)

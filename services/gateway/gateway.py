@@ -46,6 +46,7 @@ class Gateway:
             lambda: self.view.context_tokens_max(model.context_tokens_max),
             config.choices_max,
             self._rng,
+            config.cache_sharing,
         )
         options = RouteOptions(split=config.route_split, fetch=config.prefix_fetch)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)

@@ -29,7 +29,8 @@ class Generation:
     prompt_ids: list[int]
     sampling: SamplingParams
     deadline: float  # on the gateway's clock
-    salt: str = ""
+    tenant: str = ""  # whose it is: Tenant.id
+    salt: str = ""  # Tenant.salt: only prompts with the same one share KV
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     choices: int = 1  # answers that the client wants

@@ -12,6 +12,7 @@ from services.core.sampling import SamplingParams
 from services.gateway.generation import Generation
 from services.gateway.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 from services.gateway.served_model import ServedModel
+from services.gateway.tenant import ANYBODY, CacheSharing, Tenant
 
 T = TypeVar("T")
 
@@ -31,8 +32,11 @@ class PromptReader:
     context_tokens_max: Callable[[], int]
     choices_max: int
     rng: random.Random  # draws the seeds that clients leave out
+    cache_sharing: CacheSharing = "key"
 
-    async def read(self, request: GenerationRequest, request_id: str, deadline: float) -> Generation:
+    async def read(
+        self, request: GenerationRequest, request_id: str, deadline: float, tenant: Tenant = ANYBODY
+    ) -> Generation:
         """Raises BadRequest, naming the parameter, for whatever is wrong with the request."""
         if request.model != self.model.name:
             raise UnknownModel(
@@ -45,7 +49,8 @@ class PromptReader:
             prompt_ids=prompt_ids,
             sampling=self._sampling(request, self._max_tokens(request, len(prompt_ids))),
             deadline=deadline,
-            salt=request.cache_salt or "",
+            tenant=tenant.id,
+            salt=tenant.salt(request.cache_salt or "", self.cache_sharing),
             stop=request.stop_strings,
             skip_special_tokens=request.skip_special_tokens is not False,
             choices=self._choices(request),

@@ -155,7 +155,9 @@ class GenerationRequest(BaseModel):
     stream_options: StreamOptions | None = None
     timings: bool | None = Field(None, description="add where the time went to the answer")
     return_token_ids: bool | None = Field(None, description="add the answer's token ids to its choices")
-    cache_salt: Text | None = Field(None, description="share cached prompts only with the same salt")
+    cache_salt: Text | None = Field(
+        None, description="share cached prompts only with requests of the same API key and salt"
+    )
     user: str | None = None
 
     @property

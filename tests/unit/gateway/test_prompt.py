@@ -9,6 +9,7 @@ import pytest
 from services.core.errors import BadRequest
 from services.gateway.prompt import THREAD_CHARACTERS_MIN, PromptReader
 from services.gateway.schema import ChatCompletionRequest, CompletionRequest
+from services.gateway.tenant import Tenant
 from services.model.chat_template import ChatTemplate
 from services.model.tokenizer import Tokenizer
 from tests.unit.gateway.in_memory_cluster import MODEL
@@ -162,6 +163,8 @@ async def test_parameters_arrive_and_defaults_are_openai_s(reader) -> None:
 
 
 async def test_the_rest_of_the_request_arrives(reader) -> None:
-    request = completion("a", stop=["x", "y"], cache_salt="tenant", skip_special_tokens=False)
-    generation = await reader.read(request, "r", 0.0)
-    assert (generation.stop, generation.salt, generation.skip_special_tokens) == (("x", "y"), "tenant", False)
+    request = completion("a", stop=["x", "y"], cache_salt="mine", skip_special_tokens=False)
+    tenant = Tenant.of("Bearer key")
+    generation = await reader.read(request, "r", 0.0, tenant)
+    assert (generation.stop, generation.skip_special_tokens) == (("x", "y"), False)
+    assert (generation.tenant, generation.salt) == (tenant.id, tenant.salt("mine", "key"))
