@@ -4,7 +4,8 @@ One budget, no phases. Decoding sequences come first, one token each. What is le
 to sequences with uncomputed tokens, oldest first, at least one block each step if any waits; waiting
 sequences are admitted when the older ones leave some of it. A sequence that computes here gets its
 blocks chunk by chunk, a reservation all at once; one that first fetches a prefix from another worker
-gets the prefix's blocks, and lets those behind it pass until the KV is there. When a
+gets the prefix's blocks, and lets those behind it pass until the KV is there, unless they have use for
+that prefix too: then they wait for it. When a
 decoding sequence needs a block and none is available, room is made in this order: cached blocks
 (the pool evicts them by itself), the newest reservation (asked back: its blocks come with a later
 command, since KV may still be landing in them), the newest preemptible sequence.
@@ -105,13 +106,33 @@ class Scheduler:
         """Sequences with uncomputed tokens, oldest first, then waiting ones, admitted when asked for."""
         yield from [s for s in self.admitted if s.state is State.RUNNING and not s.decoding]
         # A sequence that computes here must compute at least its last token, to get logits.
-        while self.waiting and self._admit(self.waiting[0], self.waiting[0].known - 1):
-            sequence = self.waiting.popleft()
+        while (sequence := self._next_waiting()) and self._admit(sequence, sequence.known - 1):
+            self.waiting.remove(sequence)
             self.newly_running.append(sequence)
             if self._begins_fetch(sequence):
                 continue  # those behind it need not wait
             sequence.state = State.RUNNING
             yield sequence
+
+    def _next_waiting(self) -> Sequence | None:
+        """The oldest that does not wait for KV which another sequence is fetching."""
+        fetching = [s for s in self.admitted if s.state is State.FETCHING]
+        return next((s for s in self.waiting if not self._is_being_fetched(s, fetching)), None)
+
+    def _is_being_fetched(self, sequence: Sequence, fetching: list[Sequence]) -> bool:
+        """Whether the first block that `sequence` lacks is on its way. A fetch ends within the time that
+        computing would take, so waiting for it costs little and saves fetching or computing the same."""
+        if not fetching:
+            return False
+        size = self._pool.block_size
+        chain = sequence.hashes(size)[: (sequence.known - 1) // size]
+        lacking = len(self._pool.match(chain))
+        return any(
+            lacking < len(chain)
+            and lacking < other.fetch_tokens // size
+            and other.hashes(size)[lacking] == chain[lacking]
+            for other in fetching
+        )
 
     def _begins_fetch(self, sequence: Sequence) -> bool:
         """Give a sequence that was just admitted the blocks for the KV that others have of it, if any."""

@@ -180,6 +180,31 @@ class TestFetching:
         reader.engine.handle(Fetched("fetches"))
         assert "fetches" in tokens_of(reader.turns())
 
+    def test_one_that_wants_the_same_prefix_waits_for_it_and_fetches_nothing(self, kind: Kind) -> None:
+        source, reader = warm_worker(), Worker()
+        (loan,) = source.lend(PROMPT).admitted
+        admitted = reader.admit(submit("first", kind=kind, fetch_tokens=40))
+        reader.engine.handle(submit("second", [*PROMPT[:36], 7, 7, 7], kind=kind, fetch_tokens=36))
+        reader.engine.handle(submit("other", [5] * 9))
+        waiting = reader.turns()
+        assert set(tokens_of(waiting)) == {"other"}
+        reader.copy_from(source, loan.block_ids, admitted.block_ids)
+        reader.engine.handle(landed(40, "first"))
+        reader.engine.handle(Fetched("first"))
+        reports = reader.turns()
+        (second,) = [event for report in reports for event in report.admitted]
+        assert (second.seq_id, second.cached_tokens, second.fetch_tokens) == ("second", 36, 0)
+        assert computed_in(reports) == 2 + 3
+
+    @pytest.mark.parametrize("ends", [Fetched("first"), Drop("first")])
+    def test_one_that_waits_for_a_fetch_goes_on_without_it(self, kind: Kind, ends: Fetched | Drop) -> None:
+        reader = Worker()
+        reader.admit(submit("first", kind=kind, fetch_tokens=40))
+        reader.engine.handle(submit("second", PROMPT[:20], kind=kind))
+        assert not tokens_of(reader.turns())
+        reader.engine.handle(ends)
+        assert tokens_of(reader.turns())["second"]
+
     def test_what_is_cached_here_meanwhile_is_not_fetched(self, kind: Kind) -> None:
         reader = warm_worker()
         admitted = reader.admit(submit("x", kind=kind, fetch_tokens=40))
