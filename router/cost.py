@@ -3,11 +3,11 @@
 With n prompt tokens, c(w) of them cached on w, f(w) more that w fetches from another worker, and
 u(w) = max(1, n - c(w) - f(w)) to compute:
 
-    queue(w)     = queued tokens(w) * ms per token(w)
-    prefill(w)   = u(w) * ms per token(w)
+    queue(w)     = token * queued tokens(w) + token_context * queued context(w)
+    prefill(w)   = step + token * u(w) + token_context * context of u(w)
     fetch(w)     = fixed + f(w) * transfer ms per token, or 0 without a fetch
     transfer(D)  = fixed + (n - c(D)) * transfer ms per token
-    decode(D)    = step(D) * (1 + waiting(D) + growth * running(D))
+    decode(D)    = step + sequence * sequences(D) + context * context(D), with this request's choices
 
     prefill on P = queue(P) + fetch(P) + prefill(P)
     decode on D  = transfer(D) + decode(D) + interference * queue(D) / 2
@@ -24,11 +24,11 @@ the queue are done by then. No term shrinks with any measure of load: more queue
 worker more attractive.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from router.state import Fetch, Offer, RouteOptions, RouteRequest, WorkerView
+from router.step_model import StepModel, average, context_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,7 @@ class CostModel:
     cached_tokens: Mapping[str, int]
     options: RouteOptions
     sources: Mapping[str, WorkerView]  # by compatibility, whose cache may be read
-    typical_prefill_ms_per_token: float
-    typical_decode_step_ms: float
+    typical: StepModel  # of a worker that has not measured
 
     @classmethod
     def of(
@@ -56,8 +55,7 @@ class CostModel:
             cached_tokens,
             options,
             _sources(lenders, cached_tokens) if options.fetch else {},
-            _typical(workers, lambda w: w.prefill_ms_per_token, options.assumed_prefill_ms_per_token),
-            _typical(workers, lambda w: w.decode_step_ms, options.assumed_decode_step_ms),
+            average([worker.model for worker in workers if worker.model], options.assumed),
         )
 
     def prefill(self, worker: WorkerView) -> Offer:
@@ -115,26 +113,26 @@ class CostModel:
         if tokens < self.options.fetch_blocks_min * size:
             return None
         ms = self.options.fetch_ms + tokens * self.options.transfer_ms_per_token
-        worth_it = ms <= self.options.fetch_share_max * tokens * self._ms_per_token(worker)
+        compute_ms = self._model(worker).tokens_ms(tokens, context_of(tokens, self.cached(worker)))
+        worth_it = ms <= self.options.fetch_share_max * compute_ms
         return Fetch(source.id, tokens, ms) if worth_it else None
 
     def _queue_ms(self, worker: WorkerView) -> float:
-        return worker.queued_prefill_tokens * self._ms_per_token(worker)
+        return self._model(worker).tokens_ms(worker.queued_prefill_tokens, worker.queued_prefill_context)
 
     def _prefill_ms(self, worker: WorkerView, fetch: Fetch | None) -> float:
-        return self.to_compute(worker, fetch) * self._ms_per_token(worker)
-
-    def _ms_per_token(self, worker: WorkerView) -> float:
-        return worker.prefill_ms_per_token or self.typical_prefill_ms_per_token
+        tokens = self.to_compute(worker, fetch)
+        return self._model(worker).prefill_ms(tokens, self.request.prompt_tokens - tokens)
 
     def _decode_ms(self, worker: WorkerView) -> float:
-        step_ms = worker.decode_step_ms or self.typical_decode_step_ms
-        return step_ms * (1 + worker.waiting + self.options.step_growth * worker.running)
+        """A step that decodes all who are here, in blocks or waiting for them, and this request."""
+        choices = self.request.choices
+        sequences = worker.running + worker.waiting + choices
+        context = worker.running_context + choices * self.request.prompt_tokens
+        return self._model(worker).decode_ms(sequences, context)
 
-
-def _typical(workers: Sequence[WorkerView], measure: Callable[[WorkerView], float], assumed: float) -> float:
-    measured = [measure(worker) for worker in workers if measure(worker) > 0]
-    return fmean(measured) if measured else assumed
+    def _model(self, worker: WorkerView) -> StepModel:
+        return worker.model.completed(self.typical) if worker.model else self.typical
 
 
 def _sources(lenders: Sequence[WorkerView], cached_tokens: Mapping[str, int]) -> dict[str, WorkerView]:

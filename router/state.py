@@ -6,6 +6,9 @@ WorkerView, RouteRequest, RouteOptions  ->  route()  ->  Route, explained by its
 from dataclasses import dataclass
 from typing import Literal
 
+from router.step_model import StepModel
+
+ASSUMED = StepModel(step=20.0, token=1.0, sequence=2.0)  # a small model on a few cores
 Split = Literal["auto", "always", "never"]
 Part = Literal["prefill", "decode", "alone"]
 
@@ -20,13 +23,14 @@ class WorkerView:
     ready: bool = True
     lends: bool = True  # others may read its cache: true of a draining worker, not of a suspected one
     compatibility: str = ""  # opaque; KV moves only between workers with equal ones
-    queued_prefill_tokens: int = 0
+    queued_prefill_tokens: int = 0  # T of the step model, of all that is known but not computed
+    queued_prefill_context: int = 0  # and its X
     running: int = 0  # sequences with blocks
+    running_context: int = 0  # tokens of those that decode or are about to
     waiting: int = 0  # sequences without blocks yet
     blocks_available: int = 0  # free, or cached and evictable
     block_size: int = 16  # tokens
-    prefill_ms_per_token: float = 0.0  # 0: not measured yet
-    decode_step_ms: float = 0.0  # 0: not measured yet
+    model: StepModel | None = None  # of its steps; None: nothing was measured yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +71,8 @@ class RouteOptions:
     fetch_ms: float = 20.0
     # How much a millisecond that another sequence is delayed counts against one of our own.
     interference: float = 1.0
-    # A decode step grows with its batch, hardly on a GPU and nearly linearly on a CPU: by this share
-    # for each running sequence.
-    step_growth: float = 0.1
     # Until any worker has measured; a worker that has not is taken to be like the average of the others.
-    assumed_prefill_ms_per_token: float = 1.0
-    assumed_decode_step_ms: float = 20.0
+    assumed: StepModel = ASSUMED
 
 
 @dataclass(frozen=True, slots=True)

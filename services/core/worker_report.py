@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from router.step_model import StepModel
 from services.core.block_hash import Compatibility
 
 Role = Literal["prefill", "decode", "both"]
@@ -35,9 +36,12 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     blocks_cached: int = 0  # reusable, evictable
     running: int = 0  # sequences with blocks
     waiting: int = 0  # sequences without blocks yet
-    queued_prefill_tokens: int = 0  # known but not computed, all sequences
-    prefill_ms_per_token: float = 0.0  # smoothed; 0 before the first sample
-    decode_step_ms: float = 0.0
+    # Load in the terms of the step model (router/step_model.py): T and X of what is known but not computed
+    # of all sequences, C of the sequences with blocks that decode or are about to.
+    queued_prefill_tokens: int = 0
+    queued_prefill_context: int = 0
+    running_context: int = 0
+    model: StepModel | None = None  # fitted to this worker's steps; None before the first one
     prefix_hit_tokens: int = 0  # totals since start
     prompt_tokens: int = 0
     beat: int = 0  # one more in every announcement of a process; 0: it does not count them

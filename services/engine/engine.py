@@ -9,6 +9,7 @@ process, socket or thread: `services.engine.process` drives it in production, te
 from collections.abc import Callable
 from functools import lru_cache
 
+from router.step_model import StepWork, context_of
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import Clock
 from services.core.errors import FACTS, DiptychError, KvSourceLost, Overloaded
@@ -106,10 +107,11 @@ class Engine:
         self._collect_revoked()
         if not chunks:
             return False
-        self._announce_if_long(*_tokens(chunks))
+        work = _work(chunks)
+        self._announce_if_long(work)
         started_s = self._clock.now()
         sampled = self._runner.run([_row(chunk) for chunk in chunks])
-        self._measure(chunks, self._clock.now() - started_s)
+        self._measure(work, self._clock.now() - started_s)
         for chunk, tokens in zip(chunks, sampled, strict=True):
             self._commit(chunk, tokens)
         return True
@@ -278,13 +280,12 @@ class Engine:
         if not group:
             del self._sequences[sequence.seq_id]
 
-    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        prefill_tokens, decode_tokens = _tokens(chunks)
-        self._times.add(seconds * 1e3, prefill_tokens, decode_tokens)
-        self._step = Step(seconds, prefill_tokens, decode_tokens)
+    def _measure(self, work: StepWork, seconds: float) -> None:
+        self._times.add(seconds * 1e3, work)
+        self._step = Step(seconds, work.tokens, work.sequences)
 
-    def _announce_if_long(self, prefill_tokens: int, decode_tokens: int) -> None:
-        expected_ms = self._times.expected_ms(prefill_tokens, decode_tokens)
+    def _announce_if_long(self, work: StepWork) -> None:
+        expected_ms = self._times.expected_ms(work)
         expected_s = _UNMEASURED_STEP_S if expected_ms is None else expected_ms / 1e3
         if expected_s > _LONG_STEP_S:
             self._silence_s = expected_s
@@ -325,30 +326,32 @@ class Engine:
         self._pinged = False
 
     def _gauges(self) -> Gauges:
-        sequences = self._scheduler.sequences()
+        queued = [s for s in self._scheduler.sequences() if s.computes_prompt]
         return Gauges(
             blocks_total=self._pool.blocks,
             blocks_free=self._pool.free,
             blocks_cached=self._pool.cached,
             running=len(self._scheduler.admitted),
             waiting=len(self._scheduler.waiting),
-            queued_prefill_tokens=sum(
-                s.to_compute
-                for s in sequences
-                if s.state in (State.WAITING, State.FETCHING, State.RUNNING) and not s.decoding
-            ),
-            prefill_ms_per_token=self._times.prefill_ms_per_token,
-            decode_step_ms=self._times.decode_step_ms,
+            queued_prefill_tokens=sum(s.to_compute for s in queued),
+            queued_prefill_context=sum(context_of(s.to_compute, s.known - s.to_compute) for s in queued),
+            running_context=sum(s.known for s in self._scheduler.admitted if s.kind != "prefill"),
+            model=self._times.model,
             prompt_tokens=self._prompt_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,
         )
 
 
-def _tokens(chunks: list[Chunk]) -> tuple[int, int]:
-    """What a step computes: tokens of prompts, and of decoding sequences."""
-    decode_tokens = sum(chunk.sequence.decoding for chunk in chunks)
-    return sum(chunk.tokens for chunk in chunks) - decode_tokens, decode_tokens
+def _work(chunks: list[Chunk]) -> StepWork:
+    prompts = [chunk for chunk in chunks if not chunk.sequence.decoding]
+    decoding = [chunk.sequence for chunk in chunks if chunk.sequence.decoding]
+    return StepWork(
+        tokens=sum(chunk.tokens for chunk in prompts),
+        token_context=sum(context_of(chunk.tokens, chunk.sequence.computed) for chunk in prompts),
+        sequences=len(decoding),
+        context=sum(sequence.known for sequence in decoding),
+    )
 
 
 def _row(chunk: Chunk) -> Row:

@@ -26,6 +26,7 @@ from typing import Literal
 
 import msgspec
 
+from router.step_model import StepModel
 from services.core.block_hash import Compatibility
 from services.core.sampling import FinishReason, SamplingParams
 from services.model.pool_geometry import PoolGeometry
@@ -157,9 +158,10 @@ class Gauges(msgspec.Struct, frozen=True):
     blocks_cached: int = 0
     running: int = 0
     waiting: int = 0
-    queued_prefill_tokens: int = 0
-    prefill_ms_per_token: float = 0.0
-    decode_step_ms: float = 0.0
+    queued_prefill_tokens: int = 0  # these four as in WorkerReport
+    queued_prefill_context: int = 0
+    running_context: int = 0
+    model: StepModel | None = None
     prompt_tokens: int = 0  # totals since start
     prefix_hit_tokens: int = 0
     preemptions: int = 0

@@ -84,7 +84,7 @@ class Scheduler:
     def schedule(self, times: StepTimes) -> list[Chunk]:
         """The next step's work. Blocks for all of it are allocated when this returns."""
         decoding = [Chunk(sequence, 1) for sequence in self._grown_decoding()]
-        budget = self._mixed_budget(times) if decoding else self._limits.chunk_tokens_max
+        budget = self._mixed_budget(decoding, times) if decoding else self._limits.chunk_tokens_max
         chunks = decoding + self._prefill_chunks(self._whole_blocks(budget), spare=len(decoding))
         if not chunks:
             self._break_circle()
@@ -178,12 +178,14 @@ class Scheduler:
         sequence.blocks.extend(self._pool.allocate(max(missing, 0)))
         return tokens
 
-    def _mixed_budget(self, times: StepTimes) -> int:
+    def _mixed_budget(self, decoding: list[Chunk], times: StepTimes) -> int:
         """Prompt tokens that keep a step with decoding sequences near its target length."""
-        if times.prefill_ms_per_token == 0.0:
-            return self._limits.chunk_tokens_max
-        spare_ms = self._limits.step_ms_target - times.decode_step_ms
-        return min(int(spare_ms / times.prefill_ms_per_token), self._limits.chunk_tokens_max)
+        most, model = self._limits.chunk_tokens_max, times.model
+        if model is None or not model.knows_prefill:
+            return most
+        decode_ms = model.decode_ms(len(decoding), sum(chunk.sequence.known for chunk in decoding))
+        start = next((s.computed for s in self.sequences() if s.computes_prompt), 0)
+        return min(model.tokens_within(self._limits.step_ms_target - decode_ms, start), most)
 
     def _whole_blocks(self, tokens: int) -> int:
         size = self._pool.block_size

@@ -72,6 +72,11 @@ class Sequence:
         return len(self.tokens) - max(self.computed, self.fetch_tokens)
 
     @property
+    def computes_prompt(self) -> bool:
+        """Tokens of its prompt are computed here, now or later."""
+        return self.state in (State.WAITING, State.FETCHING, State.RUNNING) and not self.decoding
+
+    @property
     def decoding(self) -> bool:
         """Only its newest token is left to compute: it yields one token a step."""
         return self.remaining == 1 and bool(self.output_ids)

@@ -156,12 +156,13 @@ class ClusterView:
             lends=report.state != "stalled" and not doubtful,
             compatibility=msgspec.json.encode(report.compatibility.transferable).decode(),
             queued_prefill_tokens=report.queued_prefill_tokens,
+            queued_prefill_context=report.queued_prefill_context,
             running=report.running,
+            running_context=report.running_context,
             waiting=report.waiting,
             blocks_available=report.blocks_free + report.blocks_cached,
             block_size=report.compatibility.block_size,
-            prefill_ms_per_token=report.prefill_ms_per_token,
-            decode_step_ms=report.decode_step_ms,
+            model=report.model,
         )
 
     def _is_doubtful(self, report: WorkerReport) -> bool:

@@ -69,12 +69,13 @@ class PrefixFetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchObserver:
-    """Who is told what. `ms_per_token` is asked what computing costs here; 0: not measured."""
+    """Who is told what. `compute_ms` is asked how long so many tokens, with so many before them, would take
+    to compute here; 0: not measured."""
 
     landed: Callable[[str, int, int], None]  # sequence; tokens that are here; proven ones
     ended: Callable[[str, PrefixFetched], None]  # nothing writes to the sequence's blocks any more
     broke: Callable[[DiptychError], None]  # a pull broke and is tried again
-    ms_per_token: Callable[[], float]
+    compute_ms: Callable[[int, int], float]
 
 
 @dataclass(slots=True)
@@ -173,10 +174,10 @@ class PrefixFetcher:
             raise
 
     def _patience_s(self, order: _Order) -> float:
-        ms_per_token = self._observer.ms_per_token()
-        if ms_per_token == 0.0:
+        compute_ms = self._observer.compute_ms(order.lacking, order.destination.held_tokens)
+        if compute_ms == 0.0:
             return PATIENCE_UNMEASURED_S
-        return min(max(order.lacking * ms_per_token / 1e3, PATIENCE_MIN_S), PATIENCE_MAX_S)
+        return min(max(compute_ms / 1e3, PATIENCE_MIN_S), PATIENCE_MAX_S)
 
     def _avoid(self, source: KvSource) -> None:
         now = self._clock.now()

@@ -153,8 +153,12 @@ class WorkerServer:
             landed=lambda seq_id, tokens, proven: self._engine.send(Landed(seq_id, tokens, proven)),
             ended=self._fetch_ended,
             broke=self._metrics.on_pull_broke,
-            ms_per_token=lambda: self._engine.gauges.prefill_ms_per_token,
+            compute_ms=self._compute_ms,
         )
+
+    def _compute_ms(self, tokens: int, start: int) -> float:
+        model = self._engine.gauges.model
+        return model.prefill_ms(tokens, start) if model and model.knows_prefill else 0.0
 
     def _fetch_ended(self, seq_id: str, fetched: PrefixFetched) -> None:
         self._engine.send(Fetched(seq_id))

@@ -248,8 +248,9 @@ class Worker:
             running=gauges.running,
             waiting=gauges.waiting,
             queued_prefill_tokens=gauges.queued_prefill_tokens,
-            prefill_ms_per_token=gauges.prefill_ms_per_token,
-            decode_step_ms=gauges.decode_step_ms,
+            queued_prefill_context=gauges.queued_prefill_context,
+            running_context=gauges.running_context,
+            model=gauges.model,
             prefix_hit_tokens=gauges.prefix_hit_tokens,
             prompt_tokens=gauges.prompt_tokens,
         )

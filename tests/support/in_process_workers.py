@@ -63,7 +63,7 @@ class KvSide:
                 landed=lambda seq_id, tokens, proven: self.engine.send(Landed(seq_id, tokens, proven)),
                 ended=self._fetch_ended,
                 broke=self.broken_pulls.append,
-                ms_per_token=lambda: self.ms_per_token,
+                compute_ms=lambda tokens, start: tokens * self.ms_per_token,
             ),
         )
         lender = Lender(self.engine, self.leases, clock)

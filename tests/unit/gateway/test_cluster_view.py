@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from router.state import Offer, Route, WorkerView
+from router.step_model import StepModel
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import ManualClock
 from services.gateway import cluster_view
@@ -214,14 +215,16 @@ async def test_a_report_becomes_a_view_with_the_same_numbers(world) -> None:
         running=3,
         waiting=2,
         queued_prefill_tokens=70,
-        prefill_ms_per_token=1.5,
-        decode_step_ms=20.0,
+        queued_prefill_context=7_000,
+        running_context=300,
+        model=StepModel(step=20.0, token=1.5),
     )
     await world.announce(worker)
     (view,) = world.view.worker_views()
     assert (view.id, view.prefills, view.decodes, view.ready) == ("w", True, True, True)
     assert (view.blocks_available, view.block_size, view.running, view.waiting) == (15, 16, 3, 2)
-    assert (view.queued_prefill_tokens, view.prefill_ms_per_token, view.decode_step_ms) == (70, 1.5, 20.0)
+    assert (view.queued_prefill_tokens, view.queued_prefill_context, view.running_context) == (70, 7_000, 300)
+    assert view.model == StepModel(step=20.0, token=1.5)
 
 
 async def test_only_compatible_workers_get_equal_keys(world) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from router.step_model import StepModel
 from services.core.block_hash import Compatibility
 from services.core.worker_report import WorkerReport
 
@@ -21,6 +22,6 @@ def report() -> Callable[..., WorkerReport]:
         served_model="smol",
         compatibility=Compatibility(model="smol", revision="r", layout="block-major"),
         context_tokens_max=2048,
-        prefill_ms_per_token=1.25,
+        model=StepModel(step=2.5, token=1.25),
     )
     return lambda worker_id, **changes: msgspec.structs.replace(typical, worker_id=worker_id, **changes)

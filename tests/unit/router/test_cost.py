@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from router.cost import CostModel
 from router.state import RouteOptions, RouteRequest, WorkerView
+from router.step_model import StepModel
 
 PARTS = (CostModel.prefill, CostModel.decode, CostModel.alone)
-IDLE = WorkerView(id="w", prefills=True, decodes=True, prefill_ms_per_token=2.0, decode_step_ms=10.0)
+MODEL = StepModel(step=10.0, token=2.0, token_context=0.01, sequence=1.0, context=0.001)
+IDLE = WorkerView(id="w", prefills=True, decodes=True, model=MODEL)
+LOADS = ("queued_prefill_tokens", "queued_prefill_context", "running", "running_context", "waiting")
 
 
 def model(worker, cached=0, **options) -> CostModel:
@@ -20,10 +23,8 @@ def model(worker, cached=0, **options) -> CostModel:
 
 @pytest.mark.parametrize("part", PARTS)
 @given(
-    loads=st.fixed_dictionaries(
-        {name: st.integers(0, 10_000) for name in ("queued_prefill_tokens", "running", "waiting")}
-    ),
-    name=st.sampled_from(["queued_prefill_tokens", "running", "waiting"]),
+    loads=st.fixed_dictionaries({name: st.integers(0, 10_000) for name in LOADS}),
+    name=st.sampled_from(LOADS),
     more=st.integers(1, 10_000),
 )
 def test_more_load_never_lowers_a_cost(part, loads, name, more):
@@ -39,8 +40,12 @@ def test_more_cached_tokens_never_raise_a_cost(part, cached, more):
 
 
 def test_each_part_sums_the_documented_terms():
-    worker = replace(IDLE, queued_prefill_tokens=50, running=3, waiting=2)
-    costs = model(worker, cached=60, transfer_ms=1.0, transfer_ms_per_token=0.5, step_growth=0.1)
-    assert costs.prefill(worker).cost_ms == pytest.approx(50 * 2 + 40 * 2)
-    assert costs.decode(worker).cost_ms == pytest.approx((1 + 40 * 0.5) + 10 * (1 + 2 + 0.3) + 50 * 2 / 2)
-    assert costs.alone(worker).cost_ms == pytest.approx(50 * 2 + 40 * 2 + 10 * (1 + 2 + 0.3) + 3 * 40 * 2)
+    load = {"queued_prefill_tokens": 50, "queued_prefill_context": 600, "running_context": 900}
+    worker = replace(IDLE, running=3, waiting=2, **load)
+    costs = model(worker, cached=60, transfer_ms=1.0, transfer_ms_per_token=0.5)
+    queue = 50 * 2 + 600 * 0.01
+    prefill = 10 + 40 * 2 + sum(range(60, 100)) * 0.01
+    decode = 10 + (3 + 2 + 1) * 1 + (900 + 100) * 0.001
+    assert costs.prefill(worker).cost_ms == pytest.approx(queue + prefill)
+    assert costs.decode(worker).cost_ms == pytest.approx((1 + 40 * 0.5) + decode + queue / 2)
+    assert costs.alone(worker).cost_ms == pytest.approx(queue + prefill + decode + 3 * prefill)

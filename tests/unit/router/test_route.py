@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 from router.cost import CostModel
 from router.route import route
 from router.state import RouteOptions, RouteRequest, WorkerView
+from router.step_model import StepModel
 
 EXACT = RouteOptions(near_tie=0.0)
-LOADS = ("queued_prefill_tokens", "running", "waiting")
+LOADS = ("queued_prefill_tokens", "queued_prefill_context", "running", "running_context", "waiting")
+
+
+def speed(token=1.0, sequence=2.0, step=0.0, **others) -> StepModel:
+    return StepModel(step=step, token=token, sequence=sequence, **others)
 
 
 def worker(id, role="both", **changes) -> WorkerView:
-    values = {"blocks_available": 10_000, "prefill_ms_per_token": 1.0, "decode_step_ms": 20.0, **changes}
+    values = {"blocks_available": 10_000, "model": speed(), **changes}
     return WorkerView(
         id=id, prefills=role in ("prefill", "both"), decodes=role in ("decode", "both"), **values
     )
@@ -34,6 +39,17 @@ def places(chosen):
     return None if chosen is None else (chosen.prefill, chosen.decode)
 
 
+coefficients = st.just(0.0) | st.floats(0.001, 10)
+step_models = st.builds(
+    StepModel,
+    step=st.floats(0, 100),
+    token=coefficients,
+    token_context=st.floats(0, 0.01),
+    sequence=coefficients,
+    context=st.floats(0, 0.01),
+)
+
+
 @st.composite
 def clusters(draw):
     """Up to six workers of any role, speed, load and compatibility; some not ready."""
@@ -46,11 +62,12 @@ def clusters(draw):
             lends=draw(st.sampled_from([True, True, True, False])),
             compatibility=draw(st.sampled_from(["old", "new"])),
             queued_prefill_tokens=draw(st.integers(0, 5_000)),
+            queued_prefill_context=draw(st.integers(0, 500_000)),
+            running_context=draw(st.integers(0, 50_000)),
             running=draw(st.integers(0, 50)),
             waiting=draw(st.integers(0, 5)),
             blocks_available=draw(st.integers(0, 300)),
-            prefill_ms_per_token=draw(st.just(0.0) | st.floats(0.01, 10)),
-            decode_step_ms=draw(st.just(0.0) | st.floats(1, 200)),
+            model=draw(st.none() | step_models),
         )
         for number in range(count)
     ]
@@ -296,13 +313,13 @@ class TestFetch:
         assert (places(chosen), chosen.computes.fetch.source) == ((None, "d2"), "d1")
 
     def test_few_blocks_are_not_worth_a_fetch(self):
-        workers = [worker("p", "prefill", prefill_ms_per_token=100.0), worker("d", "decode", running=9)]
+        workers = [worker("p", "prefill", model=speed(100.0)), worker("d", "decode", running=9)]
         assert choose(workers, prompt=500, cached={"d": 63}).computes.fetch is None
         assert choose(workers, prompt=500, cached={"d": 64}).computes.fetch.tokens == 64
 
     def test_a_fast_model_computes_rather_than_fetches(self):
         def cluster(ms_per_token):
-            return [worker("p", "prefill", prefill_ms_per_token=ms_per_token), worker("d", "decode")]
+            return [worker("p", "prefill", model=speed(ms_per_token)), worker("d", "decode")]
 
         # 400 tokens arrive in 40 ms, which is three quarters of 400 * 0.1333 ms.
         assert choose(cluster(0.14), cached={"d": 400}).computes.fetch is not None
@@ -389,19 +406,18 @@ class TestChoice:
 
     def test_a_worker_without_measurements_is_taken_to_be_average(self):
         workers = [
-            worker("fast", "prefill", prefill_ms_per_token=1.0, queued_prefill_tokens=2_000),
-            worker("slow", "prefill", prefill_ms_per_token=3.0),
-            worker("new", "prefill", prefill_ms_per_token=0.0),
-            worker("d", "decode", prefill_ms_per_token=0.0),
+            worker("fast", "prefill", model=speed(1.0), queued_prefill_tokens=2_000),
+            worker("slow", "prefill", model=speed(3.0)),
+            worker("new", "prefill", model=None),
+            worker("d", "decode", model=None),
         ]
         chosen = choose(workers)
         assert (chosen.prefill, chosen.expected_ttft_ms) == ("new", 500 * 2.0)
 
     def test_before_any_measurement_the_assumed_speeds_give_a_route(self):
-        unmeasured = {"prefill_ms_per_token": 0.0, "decode_step_ms": 0.0}
-        chosen = choose([worker("p", "prefill", **unmeasured), worker("d", "decode", **unmeasured)])
+        chosen = choose([worker("p", "prefill", model=None), worker("d", "decode", model=None)])
         assert places(chosen) == ("p", "d")
-        assert chosen.expected_ttft_ms == 500 * EXACT.assumed_prefill_ms_per_token
+        assert chosen.expected_ttft_ms == EXACT.assumed.prefill_ms(500)
 
     def test_time_to_first_token_is_queue_and_uncached_prefill(self):
         workers = [worker("p", "prefill", queued_prefill_tokens=70), worker("d", "decode")]
@@ -443,4 +459,4 @@ class TestChoice:
         workers = [worker("p", "prefill", queued_prefill_tokens=70), worker("d", "decode")]
         first, second = choose(workers, cached={"p": 400}).reasons
         assert first == "* prefill on p: 170.0 ms (queue 70.0 + prefill 100.0, 400 tokens cached)"
-        assert second == "* decode on d: 47.0 ms (transfer 27.0 + decode 20.0)"
+        assert second == "* decode on d: 29.0 ms (transfer 27.0 + decode 2.0)"

@@ -360,7 +360,7 @@ class Fetching:
             landed=lambda seq_id, tokens, proven: self.landed.append((tokens, proven)),
             ended=lambda seq_id, fetched: self.ended.append(fetched),
             broke=lambda error: None,
-            ms_per_token=lambda: ms_per_token,
+            compute_ms=lambda tokens, start: tokens * ms_per_token,
         )
         self.fetcher = PrefixFetcher(transport, memory, self.clock, observer)
 
