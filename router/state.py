@@ -10,6 +10,7 @@ from router.step_model import StepModel
 
 ASSUMED = StepModel(step=20.0, token=1.0, sequence=2.0)  # a small model on a few cores
 Split = Literal["auto", "always", "never"]
+Policy = Literal["random", "round_robin", "least_loaded", "prefix_aware", "cost"]  # router/policy.py
 Part = Literal["prefill", "decode", "alone"]
 
 
@@ -37,6 +38,7 @@ class WorkerView:
 class RouteRequest:
     prompt_tokens: int  # all tokens that need KV before the next one: for a resume, the delivered ones too
     max_tokens: int  # still to be generated
+    number: int = 0  # one more for each request of a gateway: what round_robin rotates by
     choices: int = 1  # answers to the one prompt, which share its blocks
     excluded: frozenset[str] = frozenset()  # workers that already failed this request
     apart: frozenset[tuple[str, str]] = frozenset()  # prefill and decode workers that failed it together
@@ -50,12 +52,14 @@ class RouteOptions:
     alone. In "auto", D alone competes only when D would have to compute at most
     `local_prefill_tokens_max` tokens, or when no prefill worker can be paired with it: a long
     prefill belongs on a prefill worker even when D happens to be idle, because D's next
-    sequences would wait for it.
+    sequences would wait for it. Only the policy "cost" can compare them; the others take P + D.
     """
+
+    policy: Policy = "cost"
 
     split: Split = "auto"
     local_prefill_tokens_max: int = 64
-    near_tie: float = 0.05  # costs within this share of the least are equal: one is drawn
+    near_tie: float = 0.05  # of policy "cost": costs within this share of the least are equal: one is drawn
     # One more RPC and its confirmation; then 46 KB per token (30 layers, 3 KV heads, float32) at 1 GB/s.
     transfer_ms: float = 2.0
     transfer_ms_per_token: float = 0.05
@@ -97,6 +101,7 @@ class Offer:
     transfer_ms: float = 0.0  # KV that the decode worker lacks
     decode_ms: float = 0.0  # from KV in place to the first decode step's end
     interference_ms: float = 0.0  # delay of decoding by prefills, others' or this one's (see router/cost.py)
+    score: float = 0.0  # by the policy: the least wins
 
     @property
     def fetch_ms(self) -> float:
@@ -137,6 +142,7 @@ class Route:
 
     chosen: tuple[Offer, ...]
     considered: tuple[Offer, ...]  # every offer that was compared, the chosen ones among them
+    policy: Policy = "cost"
 
     @property
     def prefill(self) -> str | None:
@@ -163,11 +169,16 @@ class Route:
 
     @property
     def reasons(self) -> list[str]:
-        """One line per offer, the chosen ones first, then by cost."""
+        """One line per offer, the chosen ones first, then by score."""
         others = sorted(
-            (offer for offer in self.considered if offer not in self.chosen), key=lambda offer: offer.cost_ms
+            (offer for offer in self.considered if offer not in self.chosen), key=lambda offer: offer.score
         )
-        return [f"* {offer}" for offer in self.chosen] + [f"  {offer}" for offer in others]
+        return [f"* {self._reason(offer)}" for offer in self.chosen] + [
+            f"  {self._reason(offer)}" for offer in others
+        ]
+
+    def _reason(self, offer: Offer) -> str:
+        return str(offer) if self.policy == "cost" else f"{offer}, {self.policy} {offer.score:g}"
 
     def _worker(self, part: Part) -> str | None:
         return next((offer.worker.id for offer in self.chosen if offer.part == part), None)

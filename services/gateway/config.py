@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from router.state import Policy
 from services.gateway.tenant import CacheSharing
 
 
@@ -20,6 +21,10 @@ class GatewayConfig:
     route_split: Literal["auto", "always", "never"] = field(
         default="auto",
         metadata={"help": "prefill and decode on two workers: by cost, whenever possible, or never"},
+    )
+    policy: Policy = field(
+        default="cost",
+        metadata={"help": "how workers are chosen: by predicted milliseconds, or as simpler routers do"},
     )
     prefix_fetch: bool = field(
         default=True,

@@ -48,7 +48,7 @@ class Gateway:
             self._rng,
             config.cache_sharing,
         )
-        options = RouteOptions(split=config.route_split, fetch=config.prefix_fetch)
+        options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
         self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
         self._line = WaitingLine(clock)
         self.metrics.ready.set_function(lambda: self.ready)

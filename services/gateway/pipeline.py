@@ -4,6 +4,7 @@ Layers around it add one concern each: `attempts` retries and resumes, `answer` 
 stop strings, `journal` keeps the times, `exchange` speaks HTTP and sees the client go.
 """
 
+import itertools
 import logging
 import random
 from collections.abc import AsyncGenerator, Collection
@@ -35,6 +36,7 @@ class Pipeline:
     ) -> None:
         self._view, self._workers, self._options = view, workers, options
         self._clock, self._rng = clock, rng
+        self._numbers = itertools.count()
 
     async def attempt(
         self, sequence: Sequence, choices: Choices, excluded: Collection[Excluded], deadline: float
@@ -62,6 +64,7 @@ class Pipeline:
         request = RouteRequest(
             prompt_tokens=sequence.known_tokens,
             max_tokens=sequence.tokens_left,
+            number=next(self._numbers),
             choices=len(sequence.choices),
             excluded=frozenset(key.worker_id for key in alive.intersection(excluded)),
             apart=frozenset(

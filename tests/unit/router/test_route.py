@@ -3,14 +3,16 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from router.cost import CostModel
+from router.policy import scored
 from router.route import route
-from router.state import RouteOptions, RouteRequest, WorkerView
+from router.state import Policy, RouteOptions, RouteRequest, WorkerView
 from router.step_model import StepModel
 
 EXACT = RouteOptions(near_tie=0.0)
@@ -77,6 +79,7 @@ requests = st.builds(
     RouteRequest,
     prompt_tokens=st.integers(1, 3_000),
     max_tokens=st.integers(1, 3),
+    number=st.integers(0, 10),
     choices=st.sampled_from([1, 2, 100]),
     excluded=st.frozensets(st.sampled_from(["w0", "w1", "w2"]), max_size=2),
     apart=st.frozensets(st.tuples(*[st.sampled_from(["w0", "w1", "w2", "w3"])] * 2), max_size=3),
@@ -84,6 +87,7 @@ requests = st.builds(
 cached_tokens = st.dictionaries(st.sampled_from([f"w{number}" for number in range(6)]), st.integers(0, 3_000))
 options = st.builds(
     RouteOptions,
+    policy=st.sampled_from(get_args(Policy)),
     split=st.sampled_from(["auto", "always", "never"]),
     local_prefill_tokens_max=st.integers(0, 3_000),
 )
@@ -103,19 +107,29 @@ def legal_choices(request, cached, workers, options):
 
     prefills = roomy([w for w in usable if w.prefills], 1) if options.split != "never" else []
     decodes = roomy([w for w in usable if w.decodes], request.choices)
+    prefills, decodes, alone = (
+        scored(options.policy, [offer(worker) for worker in some], request)
+        for offer, some in ((costs.prefill, prefills), (costs.decode, decodes), (costs.alone, decodes))
+    )
     if prefills and request.max_tokens == 1:
-        return [[costs.prefill(p)] for p in prefills]
+        return [[p] for p in prefills]
     pairs = [
-        [costs.prefill(p), costs.decode(d)]
+        [p, d]
         for p in prefills
         for d in decodes
-        if p.id != d.id and p.compatibility == d.compatibility and (p.id, d.id) not in request.apart
+        if p.worker.id != d.worker.id
+        and p.worker.compatibility == d.worker.compatibility
+        and (p.worker.id, d.worker.id) not in request.apart
     ]
-    limit = options.local_prefill_tokens_max if options.split == "auto" else -1
-    alone = [costs.alone(d) for d in decodes]
+    by_cost = options.policy == "cost" and options.split == "auto"
+    limit = options.local_prefill_tokens_max if by_cost else -1
     return pairs + [
         [offer] for offer in alone if not pairs or max(1, request.prompt_tokens - offer.ready_tokens) <= limit
     ]
+
+
+def score(choice):
+    return sum(offer.score for offer in choice)
 
 
 class TestProperties:
@@ -134,7 +148,7 @@ class TestProperties:
         assert all(view.decodes for view in views if view.id == chosen.decode)
 
     @given(requests, cached_tokens, clusters(), options, seeds)
-    def test_the_choice_is_the_cheapest_that_the_rules_allow(self, request, cached, workers, options, seed):
+    def test_the_choice_is_the_best_that_the_rules_allow(self, request, cached, workers, options, seed):
         options = replace(options, near_tie=0.0)
         chosen = route(request, cached, workers, options, random.Random(seed))
         legal = legal_choices(request, cached, workers, options)
@@ -142,7 +156,7 @@ class TestProperties:
             assert chosen is None
             return
         assert list(chosen.chosen) in legal
-        assert chosen.cost_ms == min(sum(offer.cost_ms for offer in choice) for choice in legal)
+        assert score(chosen.chosen) == min(map(score, legal))
 
     @given(requests, cached_tokens, clusters(), options, seeds)
     def test_near_ties_cost_little(self, request, cached, workers, options, seed):
@@ -150,8 +164,7 @@ class TestProperties:
         chosen = route(request, cached, workers, options, random.Random(seed))
         legal = legal_choices(request, cached, workers, options)
         assume(legal)
-        least = min(sum(offer.cost_ms for offer in choice) for choice in legal)
-        assert chosen.cost_ms <= least * 1.05**3 * (1 + 1e-9)
+        assert score(chosen.chosen) <= min(map(score, legal)) * 1.05**3 * (1 + 1e-9)
 
     @given(requests, cached_tokens, clusters(), options, seeds)
     def test_a_seed_decides(self, request, cached, workers, options, seed):
@@ -191,7 +204,7 @@ class TestProperties:
 
     @given(requests, cached_tokens, clusters(), options, seeds)
     def test_fetching_never_makes_the_best_route_worse(self, request, cached, workers, options, seed):
-        options = replace(options, near_tie=0.0)
+        options = replace(options, near_tie=0.0, policy="cost")
         having, lacking = (
             route(request, cached, workers, replace(options, fetch=fetch), random.Random(seed))
             for fetch in (True, False)
@@ -214,7 +227,7 @@ class TestProperties:
             request, cached, [heavier if w is loaded else w for w in workers], options, random.Random(0)
         )
         # Exact ties may be drawn differently; the loaded worker must not win by becoming worse.
-        assert loaded.id not in places(after) or after.cost_ms == before.cost_ms
+        assert loaded.id not in places(after) or score(after.chosen) == score(before.chosen)
 
     @given(requests, cached_tokens, clusters(), options, seeds)
     def test_each_route_lists_its_own_offers_first_among_its_reasons(
@@ -279,6 +292,52 @@ class TestSplit:
     def test_two_workers_of_both_roles_serve_as_each_others_half(self):
         workers = [worker("a", queued_prefill_tokens=1_000), worker("b")]
         assert places(choose(workers)) == ("b", "a")
+
+
+class TestPolicies:
+    WORKERS = (
+        worker("p0", "prefill", queued_prefill_tokens=900),
+        worker("p1", "prefill", queued_prefill_tokens=800, running=9),
+        worker("d0", "decode", running=3, waiting=2),
+        worker("d1", "decode", running=4, queued_prefill_tokens=5_000),
+    )
+
+    def choose(self, policy, seed=0, number=0, cached=None, **changes):
+        request = RouteRequest(prompt_tokens=500, max_tokens=10, number=number)
+        options = RouteOptions(policy=policy, fetch=False, **changes)
+        return route(request, cached or {}, self.WORKERS, options, random.Random(seed))
+
+    def test_round_robin_gives_each_worker_its_turn(self):
+        turns = [places(self.choose("round_robin", number=number)) for number in range(4)]
+        assert turns == [("p0", "d0"), ("p1", "d1")] * 2
+
+    def test_random_takes_all_pairs_alike(self):
+        pairs = Counter(places(self.choose("random", seed)) for seed in range(400))
+        assert len(pairs) == 4
+        assert min(pairs.values()) > 60  # 100 expected
+
+    def test_least_loaded_looks_at_the_queue_of_prompts_and_at_decoding_sequences(self):
+        assert places(self.choose("least_loaded", cached={"p0": 480, "d0": 480})) == ("p1", "d1")
+
+    def test_prefix_aware_looks_at_the_caches_only(self):
+        assert places(self.choose("prefix_aware", cached={"p0": 16, "d0": 16})) == ("p0", "d0")
+        assert places(self.choose("prefix_aware", cached={"p1": 480, "d1": 16, "d0": 480})) == ("p1", "d0")
+
+    @pytest.mark.parametrize("policy", get_args(Policy))
+    def test_the_split_is_respected(self, policy):
+        cached = {"d0": 499}  # by cost d0 would do the rest alone
+        assert self.choose(policy, cached=cached, split="always").prefill is not None
+        assert self.choose(policy, cached=cached, split="never").prefill is None
+        assert (self.choose(policy, cached=cached).prefill is None) == (policy == "cost")
+
+    def test_each_policy_explains_itself(self):
+        first, second, *others = self.choose("least_loaded").reasons
+        assert first == "* prefill on p1: 1300.0 ms (queue 800.0 + prefill 500.0), least_loaded 800"
+        assert (
+            second
+            == "* decode on d1: 2537.0 ms (transfer 27.0 + decode 10.0 + interference 2500.0), least_loaded 4"
+        )
+        assert [line[0] for line in others] == [" "] * 2
 
 
 class TestFetch:
