@@ -1,7 +1,7 @@
 """What each part of a request would cost on each worker, in milliseconds.
 
-With n prompt tokens, c(w) of them cached on w, f(w) more that w fetches from another worker, and
-u(w) = max(1, n - c(w) - f(w)) to compute:
+With n prompt tokens, c(w) of them cached on w, e(w) >= c(w) that will be once w has computed what waits
+there, f(w) more that w fetches from another worker, and u(w) = max(1, n - e(w) - f(w)) to compute:
 
     queue(w)     = token * queued tokens(w) + token_context * queued context(w)
     prefill(w)   = step + token * u(w) + token_context * context of u(w)
@@ -13,9 +13,11 @@ u(w) = max(1, n - c(w) - f(w)) to compute:
     decode on D  = transfer(D) + decode(D) + interference * queue(D) / 2
     D alone      = queue(D) + fetch(D) + prefill(D) + decode(D) + interference * running(D) * prefill(D)
 
-A fetch is part of an offer when it takes clearly less time than computing the same tokens would. Its
-source is the compatible worker that has most of the prompt; the load of the source decides only between
-equals, since the worker that fetches gives up in time (services/transfer/fetch.py).
+Only the worker that computes finds what is coming: a decode worker takes its blocks at once, and nobody
+can lend what is not there yet. A fetch is part of an offer when it takes clearly less time than computing
+the same tokens would. Its source is the compatible worker that has most of the prompt; the load of the
+source decides only between equals, since the worker that fetches gives up in time
+(services/transfer/fetch.py).
 
 Interference is delay that one sequence's prefill puts on another's decoding. Prefills queued on D
 will interrupt this sequence there, but only half of them: D works them off while P computes. For D
@@ -27,7 +29,7 @@ worker more attractive.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from router.state import Fetch, Offer, RouteOptions, RouteRequest, WorkerView
+from router.state import NOTHING, Fetch, Offer, RouteOptions, RouteRequest, WorkerView
 from router.step_model import StepModel, average, context_of
 
 
@@ -37,6 +39,7 @@ class CostModel:
 
     request: RouteRequest
     cached_tokens: Mapping[str, int]
+    coming_tokens: Mapping[str, int]
     options: RouteOptions
     sources: Mapping[str, WorkerView]  # by compatibility, whose cache may be read
     typical: StepModel  # of a worker that has not measured
@@ -49,10 +52,12 @@ class CostModel:
         workers: Sequence[WorkerView],
         options: RouteOptions,
         lenders: Sequence[WorkerView] = (),
+        coming_tokens: Mapping[str, int] = NOTHING,
     ) -> "CostModel":
         return cls(
             request,
             cached_tokens,
+            coming_tokens,
             options,
             _sources(lenders, cached_tokens) if options.fetch else {},
             average([worker.model for worker in workers if worker.model], options.assumed),
@@ -63,7 +68,7 @@ class CostModel:
         return Offer(
             worker=worker,
             part="prefill",
-            cached_tokens=self.cached(worker),
+            cached_tokens=self.expected(worker),
             queue_ms=self._queue_ms(worker),
             fetch=fetch,
             prefill_ms=self._prefill_ms(worker, fetch),
@@ -86,7 +91,7 @@ class CostModel:
         return Offer(
             worker=worker,
             part="alone",
-            cached_tokens=self.cached(worker),
+            cached_tokens=self.expected(worker),
             queue_ms=self._queue_ms(worker),
             fetch=fetch,
             prefill_ms=prefill_ms,
@@ -97,9 +102,13 @@ class CostModel:
     def cached(self, worker: WorkerView) -> int:
         return min(self.cached_tokens.get(worker.id, 0), self.request.prompt_tokens)
 
+    def expected(self, worker: WorkerView) -> int:
+        """Cached when the prompt's turn comes there."""
+        return max(self.cached(worker), min(self.coming_tokens.get(worker.id, 0), self.request.prompt_tokens))
+
     def to_compute(self, worker: WorkerView, fetch: Fetch | None) -> int:
         """Tokens to compute: at least one, whose logits give the next token."""
-        return max(1, self.request.prompt_tokens - self.cached(worker) - (fetch.tokens if fetch else 0))
+        return max(1, self.request.prompt_tokens - self.expected(worker) - (fetch.tokens if fetch else 0))
 
     def _fetch(self, worker: WorkerView) -> Fetch | None:
         """Of what `worker` lacks and the best source has: whole blocks, and never the prompt's last token,
@@ -109,11 +118,11 @@ class CostModel:
             return None
         size = worker.block_size
         end = min(self.cached(source), self.request.prompt_tokens - 1) // size * size
-        tokens = end - self.cached(worker)
+        tokens = end - self.expected(worker)
         if tokens < self.options.fetch_blocks_min * size:
             return None
         ms = self.options.fetch_ms + tokens * self.options.transfer_ms_per_token
-        compute_ms = self._model(worker).tokens_ms(tokens, context_of(tokens, self.cached(worker)))
+        compute_ms = self._model(worker).tokens_ms(tokens, context_of(tokens, self.expected(worker)))
         worth_it = ms <= self.options.fetch_share_max * compute_ms
         return Fetch(source.id, tokens, ms) if worth_it else None
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from router.cost import CostModel
 from router.policy import scored
-from router.state import Offer, Route, RouteOptions, RouteRequest, WorkerView
+from router.state import NOTHING, Offer, Route, RouteOptions, RouteRequest, WorkerView
 
 Choice = tuple[Offer, ...]
 Draw = Callable[[Sequence[Choice]], Choice]
@@ -22,16 +22,18 @@ def route(
     workers: Sequence[WorkerView],
     options: RouteOptions,
     rng: random.Random,
+    coming_tokens: Mapping[str, int] = NOTHING,
 ) -> Route | None:
     """The best way to serve `request` by `options.policy`, or None when no worker can.
 
-    `cached_tokens` maps worker ids to the prompt's leading tokens in their caches (absent: 0). Who
+    `cached_tokens` maps worker ids to the prompt's leading tokens in their caches (absent: 0), and
+    `coming_tokens` to those that will be there once what waits there is computed. Who
     computes the prompt may first fetch a prefix of it from another worker's cache. A
     request for one token goes to a prefill worker only, unless the split is "never". Workers without
     room for the prompt are taken only when all lack it.
     """
     draw = partial(_draw, near_tie=options.near_tie if options.policy == "cost" else 0.0, rng=rng)
-    prefills, decodes, alone = _offers(request, cached_tokens, workers, options)
+    prefills, decodes, alone = _offers(request, cached_tokens, coming_tokens, workers, options)
     if request.max_tokens == 1 and prefills:
         return Route((_best(prefills, draw),), tuple(prefills), options.policy)
     pairs = _pairs(prefills, decodes, request, draw)
@@ -47,6 +49,7 @@ def route(
 def _offers(
     request: RouteRequest,
     cached_tokens: Mapping[str, int],
+    coming_tokens: Mapping[str, int],
     workers: Sequence[WorkerView],
     options: RouteOptions,
 ) -> tuple[list[Offer], list[Offer], list[Offer]]:
@@ -54,7 +57,7 @@ def _offers(
     not_excluded = [worker for worker in workers if worker.id not in request.excluded]
     usable = [worker for worker in not_excluded if worker.ready]
     lenders = [worker for worker in not_excluded if worker.lends]
-    costs = CostModel.of(request, cached_tokens, usable, options, lenders)
+    costs = CostModel.of(request, cached_tokens, usable, options, lenders, coming_tokens)
     prefills = [] if options.split == "never" else _roomy([w for w in usable if w.prefills], request, 1)
     decodes = _roomy([w for w in usable if w.decodes], request, request.choices)
     return (

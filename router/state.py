@@ -3,7 +3,9 @@
 WorkerView, RouteRequest, RouteOptions  ->  route()  ->  Route, explained by its Offers
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from router.step_model import StepModel
@@ -12,6 +14,7 @@ ASSUMED = StepModel(step=20.0, token=1.0, sequence=2.0)  # a small model on a fe
 Split = Literal["auto", "always", "never"]
 Policy = Literal["random", "round_robin", "least_loaded", "prefix_aware", "cost"]  # router/policy.py
 Part = Literal["prefill", "decode", "alone"]
+NOTHING: Mapping[str, int] = MappingProxyType({})  # tokens, by worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ class Offer:
 
     worker: WorkerView
     part: Part
-    cached_tokens: int
+    cached_tokens: int  # when its turn comes
     queue_ms: float = 0.0  # prefills ahead of this one
     fetch: Fetch | None = None  # of a prefix that another worker has cached
     prefill_ms: float = 0.0  # the prompt's tokens that are neither cached nor fetched

@@ -9,10 +9,13 @@ stop changing (SILENT_S), or a connection to it has broken, until it is heard of
 """
 
 import logging
+import math
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +24,7 @@ from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import Clock
 from services.core.errors import StoreUnavailable
 from services.core.worker_report import WorkerKey, WorkerReport
+from services.gateway.expected_cache import ExpectedCache, Leading, Noted
 from services.gateway.in_flight import InFlight
 from services.gateway.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
@@ -35,9 +39,27 @@ SUSPICION_S = 3.0
 HEARD_AGAIN_S = 0.5
 # Of reports that did not change: several of the worker's periods, and more than a timeout of Redis.
 SILENT_S = 1.25
+# Workers publish their caches again when Redis is back: they look every 5 s whether their entries are there.
+REPUBLISH_S = 6.0
 # A request that waits for room asks where its prefix is cached many times a second, always with the
 # same tokens: the hashes of so many prompts are kept.
 CHAINS_KEPT = 256
+
+
+class Located(NamedTuple):
+    """Leading tokens of a prompt, by worker id."""
+
+    cached: dict[str, int]  # in its cache: for itself, and for others who fetch them
+    coming: dict[str, int]  # will be by the time the prompt's turn comes there: for itself only
+
+    def add(self, cached: Mapping[WorkerKey, int], expected: Mapping[WorkerKey, Leading], size: int) -> None:
+        """Blocks of `size` tokens."""
+        for worker in {**cached, **expected}:
+            there, coming = expected.get(worker, (0, 0))
+            there = max(cached.get(worker, 0), there)
+            self.cached[worker.worker_id] = there * size
+            if coming > there:
+                self.coming[worker.worker_id] = coming * size
 
 
 class ClusterView:
@@ -60,7 +82,9 @@ class ClusterView:
         self._store_answers = True
         self._other_models: dict[str, str] = {}  # by id of a worker that is left out for its model
         self._chain_hashes = lru_cache(CHAINS_KEPT)(_chain_hashes)
+        self._republished_at = -math.inf  # until then the index may lack what workers hold
         self.in_flight = InFlight(clock)
+        self.expected_cache = ExpectedCache(clock)
 
     async def follow(self, every_s: float) -> None:
         """Refresh for ever."""
@@ -101,6 +125,7 @@ class ClusterView:
         if not self._store_answers:
             logger.info("membership answers again")
             self._store_answers = True
+            self._republished_at = self._clock.now() + REPUBLISH_S
             self._listed_at = dict.fromkeys(self._listed_at, self._clock.now())
             self._heard_at = dict(self._listed_at)
             self._suspected_at = dict.fromkeys(self._suspected_at, self._clock.now())
@@ -191,24 +216,50 @@ class ClusterView:
             not report.decodes or any(other.decodes for other in others)
         )
 
-    async def locate(self, token_ids: Sequence[int], salt: str) -> dict[str, int]:
-        """For each worker how many leading tokens of `token_ids` its cache holds. Empty without Redis."""
-        if not self._store_answers:
-            return {}
+    async def locate(self, token_ids: Sequence[int], salt: str) -> Located:
+        """What each worker's cache holds of `token_ids`, or soon will: what the index says, and what this
+        gateway's own requests have done that it does not show yet. Without Redis, what they ever did."""
         alike: defaultdict[Compatibility, list[WorkerKey]] = defaultdict(list)
         for report in self._reports.values():
             alike[report.compatibility].append(report.key)
         token_bytes = array("i", token_ids).tobytes()
-        cached_tokens: dict[str, int] = {}
+        located = Located({}, {})
         for compatibility, workers in alike.items():
-            block_size = compatibility.block_size
-            hashes = self._chain_hashes(token_bytes, block_size, chain_root(compatibility, salt))
-            try:
-                blocks = await self._index.locate(hashes, workers) if hashes else {}
-            except StoreUnavailable:
-                return {}
-            cached_tokens |= {worker.worker_id: count * block_size for worker, count in blocks.items()}
-        return cached_tokens
+            chain = self._chain(token_bytes, compatibility, salt)
+            if chain:
+                blocks = await self._blocks(chain, workers)
+                located.add(blocks, self.expected_cache.expected(chain, workers), compatibility.block_size)
+        return located
+
+    async def _blocks(self, chain: Sequence[bytes], workers: Sequence[WorkerKey]) -> dict[WorkerKey, int]:
+        try:
+            blocks = await self._index.locate(chain, workers) if self._store_answers else {}
+        except StoreUnavailable:
+            blocks = {}
+        if not blocks or self._clock.now() < self._republished_at:
+            for worker, kept in self.expected_cache.kept(chain, workers).items():
+                blocks[worker] = max(kept, blocks.get(worker, 0))
+        return blocks
+
+    @contextmanager
+    def expecting(
+        self,
+        prefill: WorkerReport | None,
+        decode: WorkerReport | None,
+        token_ids: Sequence[int],
+        salt: str,
+    ) -> Iterator[Noted]:
+        """Around an attempt on these workers, which will have the KV of `token_ids` in their caches."""
+        token_bytes = array("i", token_ids).tobytes()
+        holders = [
+            (report.key, self._chain(token_bytes, report.compatibility, salt)) if report else None
+            for report in (prefill, decode)
+        ]
+        with self.expected_cache.noted(*holders) as noted:
+            yield noted
+
+    def _chain(self, token_bytes: bytes, compatibility: Compatibility, salt: str) -> list[bytes]:
+        return self._chain_hashes(token_bytes, compatibility.block_size, chain_root(compatibility, salt))
 
 
 def _chain_hashes(token_bytes: bytes, block_size: int, root: bytes) -> list[bytes]:

@@ -17,7 +17,7 @@ from router.state import Route, RouteOptions, RouteRequest
 from services.core.clock import Clock
 from services.core.errors import NoWorker
 from services.gateway.choices import Choices
-from services.gateway.cluster_view import ClusterView
+from services.gateway.cluster_view import ClusterView, Located
 from services.gateway.dispatch import dispatch
 from services.gateway.generation import AttemptFailed, Event, Excluded, Routed, WorkerEvent, WorkerPair
 from services.gateway.worker_client import OutputToken, PrefillResult, PrefixSource, Sequence, WorkerClient
@@ -42,24 +42,27 @@ class Pipeline:
         self, sequence: Sequence, choices: Choices, excluded: Collection[Excluded], deadline: float
     ) -> AsyncGenerator[Event, None]:
         """Routed, then the tokens of each choice in order up to its last; or AttemptFailed as the end."""
-        cached_tokens = await self._view.locate(sequence.prompt_ids + sequence.output_ids, sequence.salt)
-        placement = self._place(sequence, cached_tokens, excluded)
+        known_ids = sequence.prompt_ids + sequence.output_ids
+        located = await self._view.locate(known_ids, sequence.salt)
+        placement = self._place(sequence, located, excluded)
         if placement is None:
             yield AttemptFailed(NoWorker("No worker can take the request now. Try again in a moment."))
             return
-        with self._view.in_flight.sent(placement.route, sequence.known_tokens, len(sequence.choices)):
+        with (
+            self._view.in_flight.sent(placement.route, sequence.known_tokens, len(sequence.choices)),
+            self._view.expecting(placement.prefill, placement.decode, known_ids, sequence.salt) as expected,
+        ):
             yield placement
             sequence = msgspec.structs.replace(sequence, prefix=placement.prefix)
             arriving = dispatch(self._workers, sequence, placement, self._clock, deadline)
             async with aclosing(in_index_order(arriving, sequence.choices, choices)) as events:
                 async for event in events:
+                    expected.see(event)
                     yield event
                     for choice in choices.take_unwanted(sequence.choices):
                         self._end_choice(placement, sequence, choice)
 
-    def _place(
-        self, sequence: Sequence, cached_tokens: dict[str, int], excluded: Collection[Excluded]
-    ) -> Routed | None:
+    def _place(self, sequence: Sequence, located: Located, excluded: Collection[Excluded]) -> Routed | None:
         alive = {report.key for report in self._view.reports}
         request = RouteRequest(
             prompt_tokens=sequence.known_tokens,
@@ -73,7 +76,8 @@ class Pipeline:
                 if isinstance(pair, WorkerPair) and alive.issuperset(pair)
             ),
         )
-        chosen = route(request, cached_tokens, self._view.worker_views(), self._options, self._rng)
+        views = self._view.worker_views()
+        chosen = route(request, located.cached, views, self._options, self._rng, located.coming)
         if chosen is None:
             return None
         if logger.isEnabledFor(logging.DEBUG):

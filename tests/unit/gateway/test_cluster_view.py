@@ -9,9 +9,11 @@ from router.step_model import StepModel
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import ManualClock
 from services.gateway import cluster_view
-from services.gateway.cluster_view import LEASE_GRACE_S, SILENT_S, SUSPICION_S, ClusterView
+from services.gateway.cluster_view import LEASE_GRACE_S, REPUBLISH_S, SILENT_S, SUSPICION_S, ClusterView
+from services.gateway.expected_cache import PUBLISHED_S
 from services.gateway.in_flight import REPORT_DELAY_S, InFlight
 from services.gateway.memory_worker_client import MemoryWorkerClient
+from services.gateway.worker_client import OutputToken, PrefillResult, Started
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from tests.unit.gateway.scripted_worker_server import report
@@ -251,8 +253,8 @@ class TestLocate:
             root = chain_root(worker.compatibility, "salt")
             hashes = chain_hashes(tokens, worker.compatibility.block_size, root)
             await world.index.publish(worker.key, hashes[:blocks], [])
-        assert await world.view.locate(tokens, "salt") == {"d1": 32, "d2": 16, "d3": 28}
-        assert set((await world.view.locate(tokens, "other tenant")).values()) == {0}
+        assert await world.view.locate(tokens, "salt") == ({"d1": 32, "d2": 16, "d3": 28}, {})
+        assert set((await world.view.locate(tokens, "other tenant")).cached.values()) == {0}
 
     async def test_the_same_tokens_and_salt_are_hashed_only_once(self, world, monkeypatch) -> None:
         hashed: list[int] = []
@@ -266,7 +268,7 @@ class TestLocate:
         tokens = list(range(40))
         await world.index.publish(D1.key, chain_hashes(tokens, 16, chain_root(D1.compatibility, "salt")), [])
         for _ in range(3):
-            assert await world.view.locate(list(tokens), "salt") == {"d1": 32, "d2": 0}
+            assert await world.view.locate(list(tokens), "salt") == ({"d1": 32, "d2": 0}, {})
         assert hashed == [40]
         await world.view.locate(tokens, "other tenant")
         await world.view.locate([*tokens, 40], "salt")
@@ -275,12 +277,82 @@ class TestLocate:
     async def test_a_prompt_below_a_block_is_not_looked_up(self, world) -> None:
         await world.announce(D1)
         world.index.available = False
-        assert await world.view.locate([1, 2, 3], "") == {}
+        assert await world.view.locate([1, 2, 3], "") == ({}, {})
 
     async def test_without_redis_nothing_is_cached_and_nothing_fails(self, world) -> None:
         await world.announce(D1)
         world.index.available = False
-        assert await world.view.locate(list(range(40)), "") == {}
+        assert await world.view.locate(list(range(40)), "") == ({"d1": 0}, {})
+
+    async def test_what_is_being_computed_counts_before_the_index_shows_it(self, world) -> None:
+        small = Compatibility(model="m", revision="r", layout="l", block_size=4)
+        d3 = report("d3", "decode", compatibility=small)
+        await world.announce(report("p", "prefill"), D1, d3)
+        tokens = list(range(40))
+        nothing = {"p": 0, "d1": 0, "d3": 0}
+        with world.view.expecting(report("p", "prefill"), d3, tokens, "salt") as noted:
+            assert await world.view.locate([*tokens[:30], 7], "salt") == (nothing, {"p": 16})
+            assert await world.view.locate(tokens, "other tenant") == (nothing, {})
+            noted.see(PrefillResult((), 0, 0.0, 0.0))
+            assert await world.view.locate(tokens, "salt") == ({**nothing, "p": 32}, {})
+            noted.see(Started(0, 0.0, 0, 0.0, 0.0))
+            assert await world.view.locate(tokens, "salt") == ({"p": 32, "d1": 0, "d3": 40}, {})
+        world.clock.advance(PUBLISHED_S)
+        assert await world.view.locate(tokens, "salt") == (nothing, {})
+
+    async def test_the_index_and_what_is_expected_are_merged_by_the_longer(self, world) -> None:
+        await world.announce(D1)
+        tokens = list(range(64))
+        hashes = chain_hashes(tokens, 16, chain_root(D1.compatibility, ""))
+        with world.view.expecting(None, D1, tokens[:32], ""):
+            assert await world.view.locate(tokens, "") == ({"d1": 0}, {"d1": 32})
+            await world.index.publish(D1.key, hashes[:1], [])
+            assert await world.view.locate(tokens, "") == ({"d1": 16}, {"d1": 32})
+            await world.index.publish(D1.key, hashes[:3], [])
+            assert await world.view.locate(tokens, "") == ({"d1": 48}, {})
+
+    async def served(self, world) -> list[int]:
+        """A prompt that was computed on d1, long ago."""
+        await world.announce(D1, D2)
+        tokens = list(range(64))
+        with world.view.expecting(None, D1, tokens, "") as noted:
+            noted.see(OutputToken(0, 5))
+        world.clock.advance(10 * PUBLISHED_S)
+        await world.announce(D1, D2)
+        return tokens
+
+    @pytest.mark.parametrize("both", [False, True])
+    async def test_while_redis_is_away_what_was_served_before_is_still_found(self, world, both) -> None:
+        tokens = await self.served(world)
+        world.index.available = False
+        world.membership.available = not both
+        await world.view.refresh()
+        assert await world.view.locate(tokens, "") == ({"d1": 64, "d2": 0}, {})
+        assert await world.view.locate([*tokens[:40], 7], "") == ({"d1": 32, "d2": 0}, {})
+
+    async def test_while_redis_answers_what_a_worker_evicted_is_not_there(self, world) -> None:
+        tokens = await self.served(world)
+        assert await world.view.locate(tokens, "") == ({"d1": 0, "d2": 0}, {})
+
+    async def test_when_redis_is_back_the_snapshot_serves_until_workers_have_published_again(
+        self, world
+    ) -> None:
+        tokens = await self.served(world)
+        world.membership.available = False
+        await world.view.refresh()
+        world.membership.available = True
+        await world.announce(D1, D2)
+        hashes = chain_hashes(tokens, 16, chain_root(D2.compatibility, ""))
+        await world.index.publish(D2.key, hashes[:2], [])
+        assert await world.view.locate(tokens, "") == ({"d1": 64, "d2": 32}, {})
+        world.clock.advance(REPUBLISH_S)
+        assert await world.view.locate(tokens, "") == ({"d1": 0, "d2": 32}, {})
+
+    async def test_another_incarnation_has_lost_its_cache_also_while_redis_is_away(self, world) -> None:
+        tokens = await self.served(world)
+        await world.announce(report("d1", "decode", epoch=2))
+        world.index.available = False
+        assert await world.view.locate(tokens, "") == ({"d1": 0, "d2": 0}, {})
 
 
 class TestInFlight:

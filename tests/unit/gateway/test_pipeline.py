@@ -1,6 +1,7 @@
 """One attempt: events in index order, whatever order the two workers deliver them in."""
 
 import random
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
@@ -103,19 +104,25 @@ class World:
         self.pipeline = Pipeline(self.view, self.workers, options, clock, random.Random(1))
         self.deadline = clock.now() + 60
 
-    async def attempt(self, *reports, excluded=(), **sampling) -> list:
+    async def announce(self, *reports) -> None:
         for worker in reports:
             await self.membership.announce(worker)
         await self.view.refresh()
+
+    async def attempt(self, *reports, excluded=(), **sampling) -> list:
+        await self.announce(*reports)
+        async with aclosing(self.events([1, 2, 3], excluded, **sampling)) as events:
+            return [event async for event in events]
+
+    def events(self, prompt_ids, excluded=(), **sampling) -> AsyncGenerator:
         sequence = Sequence(
             request_id="r",
             attempt=1,
-            prompt_ids=[1, 2, 3],
+            prompt_ids=prompt_ids,
             output_ids=[],
             sampling=SamplingParams(**{"max_tokens": 3, **sampling}),
         )
-        async with aclosing(self.pipeline.attempt(sequence, Choices(1), excluded, self.deadline)) as events:
-            return [event async for event in events]
+        return self.pipeline.attempt(sequence, Choices(1), excluded, self.deadline)
 
 
 P, D = report("p", "prefill"), report("d", "decode")
@@ -167,3 +174,38 @@ async def test_an_attempt_that_ends_leaves_nothing_in_flight() -> None:
     await world.attempt(P, D)
     assert [view.running for view in world.view.worker_views()] == [0, 0]
     assert [view.queued_prefill_tokens for view in world.view.worker_views()] == [0, 0]
+
+
+PROMPT = list(range(500))
+BUSY = report("busy", "prefill", queued_prefill_tokens=300)  # its queue is shorter than the prefix
+
+
+async def routed(world: World, prompt_ids) -> str:
+    """Where a request goes that leaves at once."""
+    async with aclosing(world.events(prompt_ids)) as events:
+        return (await anext(events)).prefill.worker_id
+
+
+async def test_a_prefix_that_is_being_computed_draws_requests_until_it_fails() -> None:
+    world = World()
+    await world.announce(P, D, BUSY)
+    world.workers.script("p", "prefill", Fault())
+    async with aclosing(world.events(PROMPT)) as computing:
+        assert (await anext(computing)).prefill == P
+        assert await routed(world, [*PROMPT[:480], 7, 7, 7]) == "p", (
+            "its queue is 500 tokens, 480 of them ours"
+        )
+        assert await routed(world, [7, *PROMPT]) == "busy", "nobody has this prefix"
+    world.view.suspect(P.key)
+    assert await routed(world, PROMPT) == "busy"
+    located = await world.view.locate(PROMPT, "")
+    assert (located.cached, located.coming) == ({"p": 0, "d": 0, "busy": 0}, {})
+
+
+async def test_what_an_attempt_has_computed_counts_before_any_report_or_index_tells() -> None:
+    world = World()
+    await world.announce(P, D, BUSY)
+    async with aclosing(world.events(PROMPT)) as events:
+        assert tokens_of([event async for event in events]) == [0, 1, 2]
+    located = await world.view.locate(PROMPT, "")
+    assert (located.cached, located.coming) == ({"p": 496, "d": 496, "busy": 0}, {})

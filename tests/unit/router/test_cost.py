@@ -16,9 +16,10 @@ IDLE = WorkerView(id="w", prefills=True, decodes=True, model=MODEL)
 LOADS = ("queued_prefill_tokens", "queued_prefill_context", "running", "running_context", "waiting")
 
 
-def model(worker, cached=0, **options) -> CostModel:
+def model(worker, cached=0, coming=0, **options) -> CostModel:
     request = RouteRequest(prompt_tokens=100, max_tokens=10)
-    return CostModel.of(request, {worker.id: cached}, [worker], RouteOptions(**options))
+    tokens, coming_tokens = {worker.id: cached}, {worker.id: coming}
+    return CostModel.of(request, tokens, [worker], RouteOptions(**options), [], coming_tokens)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -37,6 +38,18 @@ def test_more_load_never_lowers_a_cost(part, loads, name, more):
 @given(cached=st.integers(0, 100), more=st.integers(0, 100))
 def test_more_cached_tokens_never_raise_a_cost(part, cached, more):
     assert part(model(IDLE, cached + more), IDLE).cost_ms <= part(model(IDLE, cached), IDLE).cost_ms
+
+
+@pytest.mark.parametrize("part", [CostModel.prefill, CostModel.alone])
+@given(cached=st.integers(0, 100), coming=st.integers(0, 200))
+def test_what_is_coming_counts_as_cached_for_who_computes(part, cached, coming):
+    there = min(max(cached, coming), 100)
+    assert part(model(IDLE, cached, coming), IDLE) == part(model(IDLE, there), IDLE)
+
+
+@given(cached=st.integers(0, 100), coming=st.integers(0, 200))
+def test_a_decode_worker_takes_its_blocks_before_anything_comes(cached, coming):
+    assert CostModel.decode(model(IDLE, cached, coming), IDLE) == CostModel.decode(model(IDLE, cached), IDLE)
 
 
 def test_each_part_sums_the_documented_terms():

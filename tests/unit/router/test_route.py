@@ -410,6 +410,20 @@ class TestFetch:
         ]
         assert choose(workers, cached={"busy": 400, "idle": 400}).computes.fetch.source == "idle"
 
+    def test_what_is_still_being_computed_cannot_be_fetched(self):
+        workers = [
+            worker("warm", "prefill", queued_prefill_tokens=1_000),
+            worker("cold", "prefill"),
+            worker("d", "decode"),
+        ]
+        request = RouteRequest(prompt_tokens=500, max_tokens=10)
+        chosen = route(request, {"warm": 160}, workers, EXACT, random.Random(0), {"warm": 400})
+        warm, cold = (
+            next(offer for offer in chosen.considered if offer.worker.id == name) for name in ("warm", "cold")
+        )
+        assert (warm.cached_tokens, warm.fetch) == (400, None)
+        assert (cold.cached_tokens, cold.fetch.tokens) == (0, 160)
+
     def test_a_single_token_may_be_fetched_for_too(self):
         workers = [worker("p", "prefill"), worker("d", "decode")]
         chosen = choose(workers, max_tokens=1, cached={"d": 400})
@@ -428,6 +442,18 @@ class TestChoice:
         alone = replace(EXACT, fetch=False)
         assert choose(cluster(399), cached={"warm": 400}, options=alone).prefill == "warm"
         assert choose(cluster(401), cached={"warm": 400}, options=alone).prefill == "cold"
+
+    def test_a_prefix_that_is_being_computed_attracts_like_a_cached_one(self):
+        workers = [
+            worker("computing", "prefill", queued_prefill_tokens=399),
+            worker("idle", "prefill"),
+            worker("d", "decode"),
+        ]
+        request, options = RouteRequest(prompt_tokens=500, max_tokens=10), replace(EXACT, fetch=False)
+        assert route(request, {}, workers, options, random.Random(0)).prefill == "idle"
+        assert (
+            route(request, {}, workers, options, random.Random(0), {"computing": 400}).prefill == "computing"
+        )
 
     def test_a_decode_worker_that_has_the_prefix_is_preferred(self):
         workers = [worker("p", "prefill"), worker("d1", "decode"), worker("d2", "decode")]
