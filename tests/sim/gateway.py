@@ -149,7 +149,7 @@ class SimGateway:
             request_id=request_id, client_request_id=request_id, received_at=self._world.clock.now()
         )
         body = CompletionRequest.model_validate(call.body)
-        exchange = Exchange(self.gateway, "completions", body, SimpleNamespace(state=state))  # type: ignore[arg-type]
+        exchange = Exchange(self.gateway, "completions", body, SimpleNamespace(state=state, headers={}))  # type: ignore[arg-type]
         try:
             await exchange({"type": "http"}, call.receive, call.send)
         except DiptychError as error:
