@@ -152,7 +152,7 @@ class Engine:
         if sequence.state is State.RECEIVING:
             self._report_admitted(sequence)
         else:
-            self._scheduler.waiting.append(sequence)
+            self._scheduler.wait(sequence)
 
     def _refusal(self, sequence: Sequence) -> DiptychError | None:
         """Why the sequence cannot be taken; None takes it (a reservation with its blocks)."""

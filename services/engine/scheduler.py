@@ -46,6 +46,13 @@ class Scheduler:
     def sequences(self) -> list[Sequence]:
         return [*self.admitted, *self.waiting]
 
+    def wait(self, sequence: Sequence) -> None:
+        """Let a new sequence wait its turn."""
+        size = self._pool.block_size
+        reusable = sequence.hashes(size)[: (sequence.known - 1) // size]
+        sequence.cached_tokens = len(self._pool.match(reusable)) * size
+        self.waiting.append(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and free its blocks."""
         owner = self.waiting if sequence.state is State.WAITING else self.admitted

@@ -51,6 +51,7 @@ class Sequence:
         self.state = State.WAITING
         self.computed = 0
         self.fetch_tokens = submit.fetch_tokens  # what another worker has, until that is fetched or cached
+        self.cached_tokens = 0  # while it waits: what the cache had of it when it began to
         self.blocks: list[int] = []
         self.reported = False  # its admission was reported
         self._root = root
@@ -68,8 +69,8 @@ class Sequence:
 
     @property
     def to_compute(self) -> int:
-        """Of the remaining tokens those that are not expected from another worker."""
-        return len(self.tokens) - max(self.computed, self.fetch_tokens)
+        """Of the remaining tokens those that are expected neither from the cache nor from another worker."""
+        return len(self.tokens) - max(self.computed, self.fetch_tokens, self.cached_tokens)
 
     @property
     def computes_prompt(self) -> bool:
@@ -114,6 +115,7 @@ class Sequence:
         fork.output_ids, fork.tokens = list(self.output_ids), list(self.tokens)
         fork.serve([choice])
         fork.blocks, fork.computed, fork._sealed = [], 0, 0
+        fork.cached_tokens = self.computed  # in its parent's blocks, should it have to wait
         fork._hashes = list(self._hashes)
         return fork
 
@@ -130,6 +132,7 @@ class Sequence:
         """Begin the block table with `matched` blocks, which are computed already."""
         self.blocks = list(matched)
         self.computed = len(matched) * block_size
+        self.cached_tokens = 0
         self._sealed = len(matched)
 
     def share(self, parent: "Sequence", pool: BlockPool) -> tuple[int, int] | None:
@@ -146,6 +149,7 @@ class Sequence:
 
     def surrender(self, pool: BlockPool) -> None:
         """Give all blocks back; what was sealed stays in the cache."""
+        self.cached_tokens = self._sealed * pool.block_size
         pool.release(self.blocks)
         self.blocks = []
         self.computed = 0

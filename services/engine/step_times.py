@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float64]
 _SAMPLES = 64  # of each kind
 _HALF_LIFE = 20  # in samples of its kind
 _FIT_EVERY = 16  # samples; a fit takes about 0.2 ms, a step at least some
-_REWEIGHTINGS = 4
+_REWEIGHTINGS = 3
 _TYPICAL_RESIDUAL = 1.0  # half the weight for a step that took twice as long as expected
 _RIDGE = 0.01  # as a share of what the samples say of the same coefficient
 _LEAST = 1e-6  # ms: a coefficient of a kind that was measured; zero would say that it was not
@@ -107,25 +107,26 @@ def fitted(work: Array, ms: Array, freshness: Array, previous: Array) -> Array:
     The first turn weighs by the measured times, which trusts fast steps most: nothing makes a step
     faster than it is. The next ones weigh by the expected times, which has no bias.
     """
-    coefficients = previous
-    weights = freshness / ms**2
+    rows = np.column_stack([work, ms])
+    products = rows[:, :, None] * rows[:, None, :]  # of each row with itself: their sum is what a fit needs
+    coefficients = _ridge(freshness / ms**2, products, previous)
     for _ in range(_REWEIGHTINGS):
-        coefficients = _ridge(work, ms, weights, previous)
         expected = np.maximum(work @ coefficients, ms / 10)
         residuals = (ms - expected) / expected
         weights = freshness / expected**2 / (1 + (residuals / _TYPICAL_RESIDUAL) ** 2)
+        coefficients = _ridge(weights, products, previous)
     return coefficients
 
 
-def _ridge(work: Array, ms: Array, weights: Array, previous: Array) -> Array:
-    """One weighted least squares fit, in units in which every column has length 1."""
-    weighted = work * weights[:, None]
-    scale = np.sqrt(np.einsum("ij,ij->j", weighted, work))
-    seen = scale > 0
-    scale = scale[seen]
-    normal = weighted[:, seen].T @ work[:, seen] / np.outer(scale, scale)
-    normal[np.diag_indices_from(normal)] += _RIDGE
-    target = weighted[:, seen].T @ ms / scale + _RIDGE * scale * previous[seen]
+def _ridge(weights: Array, products: Array, previous: Array) -> Array:
+    """Least squares with a ridge, in units in which every column of the data has length 1."""
+    sums: Array = np.tensordot(weights, products, 1)
+    normal, target = sums[:5, :5], sums[:5, 5]
+    lengths = np.sqrt(normal.diagonal())
+    seen = np.flatnonzero(lengths)
+    scale = lengths[seen]
+    normal = normal[np.ix_(seen, seen)] / np.outer(scale, scale) + _RIDGE * np.eye(len(seen))
+    target = target[seen] / scale + _RIDGE * scale * previous[seen]
     coefficients = previous.copy()
     coefficients[seen] = _nonnegative(normal, target) / scale
     return coefficients
@@ -133,28 +134,30 @@ def _ridge(work: Array, ms: Array, weights: Array, previous: Array) -> Array:
 
 def _nonnegative(normal: Array, target: Array) -> Array:
     """min x'Ax/2 - b'x over x >= 0, for positive definite A (Lawson and Hanson's active set method)."""
-    size = len(target)
-    solution = np.zeros(size)
-    free = np.zeros(size, dtype=bool)
-    for _ in range(3 * size):  # it ends far earlier; rounding must not make it endless
+    unbounded: Array = np.asarray(np.linalg.solve(normal, target), dtype=np.float64)
+    if (unbounded >= 0).all():
+        return unbounded
+    solution = np.zeros_like(target)
+    free = np.zeros(len(target), dtype=bool)
+    for _ in range(3 * len(target)):  # it ends far earlier; rounding must not make it endless
         gradient = np.where(free, 0.0, target - normal @ solution)
-        if gradient.max() <= 1e-9 * max(float(np.abs(target).max()), 1e-300):
+        if gradient.max() <= 1e-9 * np.abs(target).max():
             break
         free[gradient.argmax()] = True
-        solution = _descend(normal, target, solution, free)
+        solution = _descended(normal, target, solution, free)
     return solution
 
 
-def _descend(normal: Array, target: Array, solution: Array, free: npt.NDArray[np.bool_]) -> Array:
-    """Go to the least over the free coordinates; one that would become negative on the way is bound to 0."""
-    while True:
+def _descended(normal: Array, target: Array, solution: Array, free: npt.NDArray[np.bool_]) -> Array:
+    """The least over the free coordinates; those that become zero on the way are bound: no longer free."""
+    while free.any():
         best = np.zeros_like(solution)
         best[free] = np.linalg.solve(normal[np.ix_(free, free)], target[free])
-        negative = free & (best <= 0)
+        negative = best < 0
         if not negative.any():
             return best
         shares = solution[negative] / (solution[negative] - best[negative])
         solution = np.maximum(solution + shares.min() * (best - solution), 0.0)
-        free &= solution > 1e-15
-        if not free.any():
-            return np.zeros_like(solution)
+        solution[np.flatnonzero(negative)[shares.argmin()]] = 0.0
+        free &= solution > 0
+    return np.zeros_like(solution)

@@ -145,6 +145,31 @@ def test_a_reservation_leaves_room_for_prompts_that_are_half_computed_or_waiting
     assert [refused.seq_id for refused in report.refused] == ["does not"]
 
 
+def test_the_queue_is_reported_without_what_is_cached() -> None:
+    crowded = engine()  # computes 8 tokens in a step
+    prompt = list(range(40))
+    run(crowded, submit("first", prompt, 1))
+    crowded.handle(submit("again", [*prompt, *range(20)], 1))
+    crowded.handle(submit("other", [9] * 30, 1))
+    crowded.step()
+    gauges = crowded.take_report().gauges
+    cached = 40  # ten blocks
+    assert gauges.queued_prefill_tokens == (60 - cached - 8) + 30
+    assert gauges.queued_prefill_context == sum(range(cached + 8, 60)) + sum(range(30))
+
+
+def test_what_decodes_or_is_about_to_is_reported_with_its_context() -> None:
+    busy = engine()
+    busy.handle(submit("decodes", [1] * 10, 30))
+    busy.handle(submit("received", [2] * 20, kind="receive"))
+    busy.handle(submit("prefill", [3] * 50, kind="prefill"))
+    for _ in range(3):  # the prompt in two, and its second token beside the next prompt's first chunk
+        busy.step()
+    gauges = busy.take_report().gauges
+    assert (gauges.running, gauges.running_context) == (3, 12 + 20)
+    assert gauges.model is not None
+
+
 def test_an_end_token_stops_the_answer_and_is_part_of_it() -> None:
     answer = run(engine(), submit("a", [5, 6], max_tokens=20))["a"]
     subject = engine()
