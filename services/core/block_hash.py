@@ -12,6 +12,7 @@ Only full blocks have a hash.
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import msgspec
@@ -67,3 +68,9 @@ def chain_hashes(tokens: Sequence[int], block_size: int, root: bytes) -> list[by
         parent = block_hash(parent, tokens[start : start + block_size])
         hashes.append(parent)
     return hashes
+
+
+def shared_blocks(one: Sequence[bytes], other: Sequence[bytes]) -> int:
+    """How many leading blocks two chains have in common. Equal hashes have equal ones before them."""
+    blocks = range(min(len(one), len(other)))
+    return bisect_left(blocks, True, key=lambda block: one[block] != other[block])

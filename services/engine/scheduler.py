@@ -5,7 +5,8 @@ to sequences with uncomputed tokens, oldest first, at least one block each step 
 sequences are admitted when the older ones leave some of it. A sequence that computes here gets its
 blocks chunk by chunk, a reservation all at once; one that first fetches a prefix from another worker
 gets the prefix's blocks, and lets those behind it pass until the KV is there, unless they have use for
-that prefix too: then they wait for it. When a
+that prefix too: then they wait for it. So does one whose prefix this very step computes, if that saves
+more than a step costs. When a
 decoding sequence needs a block and none is available, room is made in this order: cached blocks
 (the pool evicts them by itself), the newest reservation (asked back: its blocks come with a later
 command, since KV may still be landing in them), the newest preemptible sequence.
@@ -14,11 +15,17 @@ command, since KV may still be landing in them), the newest preemptible sequence
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+from router.step_model import StepModel, context_of
+from services.core.block_hash import shared_blocks
 from services.engine.block_pool import BlockPool
 from services.engine.messages import Limits
 from services.engine.sequence import Sequence, State
 from services.engine.step_times import StepTimes
+
+# How many waiting sequences others may pass, so that each step looks at a bounded part of the queue.
+_PASSED_MAX = 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +97,18 @@ class Scheduler:
 
     def schedule(self, times: StepTimes) -> list[Chunk]:
         """The next step's work. Blocks for all of it are allocated when this returns."""
+        model = times.model
         decoding = [Chunk(sequence, 1) for sequence in self._grown_decoding()]
-        budget = self._mixed_budget(decoding, times) if decoding else self._limits.chunk_tokens_max
-        chunks = decoding + self._prefill_chunks(self._whole_blocks(budget), spare=len(decoding))
+        budget = self._mixed_budget(decoding, model) if decoding else self._limits.chunk_tokens_max
+        chunks = decoding + self._prefill_chunks(self._whole_blocks(budget), len(decoding), model)
         if not chunks:
             self._break_circle()
         return chunks
 
-    def _prefill_chunks(self, budget: int, spare: int) -> list[Chunk]:
+    def _prefill_chunks(self, budget: int, spare: int, model: StepModel | None) -> list[Chunk]:
         """Chunks of together at most `budget` tokens, leaving `spare` blocks for growth."""
         chunks: list[Chunk] = []
-        for sequence in self._computing():
+        for sequence in self._computing(model):
             tokens = self._extend(sequence, min(sequence.remaining, budget), spare)
             if tokens:
                 chunks.append(Chunk(sequence, tokens))
@@ -109,11 +117,11 @@ class Scheduler:
                 break  # those behind wait for this one, so that at most one prompt is half computed
         return chunks
 
-    def _computing(self) -> Iterator[Sequence]:
+    def _computing(self, model: StepModel | None) -> Iterator[Sequence]:
         """Sequences with uncomputed tokens, oldest first, then waiting ones, admitted when asked for."""
         yield from [s for s in self.admitted if s.state is State.RUNNING and not s.decoding]
         # A sequence that computes here must compute at least its last token, to get logits.
-        while (sequence := self._next_waiting()) and self._admit(sequence, sequence.known - 1):
+        while (sequence := self._next_waiting(model)) and self._admit(sequence, sequence.known - 1):
             self.waiting.remove(sequence)
             self.newly_running.append(sequence)
             if self._begins_fetch(sequence):
@@ -121,25 +129,31 @@ class Scheduler:
             sequence.state = State.RUNNING
             yield sequence
 
-    def _next_waiting(self) -> Sequence | None:
-        """The oldest that does not wait for KV which another sequence is fetching."""
-        fetching = [s for s in self.admitted if s.state is State.FETCHING]
-        return next((s for s in self.waiting if not self._is_being_fetched(s, fetching)), None)
+    def _next_waiting(self, model: StepModel | None) -> Sequence | None:
+        """The oldest that does not wait for KV which another sequence is fetching or computing."""
+        coming = [s for s in self.admitted if s.state in (State.FETCHING, State.RUNNING) and not s.decoding]
+        passing = islice(self.waiting, _PASSED_MAX + 1)
+        return next((s for s in passing if not self._waits_for_prefix(s, coming, model)), None)
 
-    def _is_being_fetched(self, sequence: Sequence, fetching: list[Sequence]) -> bool:
-        """Whether the first block that `sequence` lacks is on its way. A fetch ends within the time that
-        computing would take, so waiting for it costs little and saves fetching or computing the same."""
-        if not fetching:
+    def _waits_for_prefix(self, sequence: Sequence, coming: list[Sequence], model: StepModel | None) -> bool:
+        """Whether blocks that `sequence` lacks are on their way, and worth the wait.
+
+        A fetch ends within the time that computing would take: waiting for it costs little and saves
+        fetching or computing the same. What older sequences have left to compute is all in this step,
+        or nobody would ask for one that waits: the next step finds it, and is one more.
+        """
+        if not coming:
             return False
         size = self._pool.block_size
         chain = sequence.hashes(size)[: (sequence.known - 1) // size]
         lacking = len(self._pool.match(chain))
-        return any(
-            lacking < len(chain)
-            and lacking < other.fetch_tokens // size
-            and other.hashes(size)[lacking] == chain[lacking]
-            for other in fetching
-        )
+        for other in coming:
+            fetched = other.state is State.FETCHING
+            there = other.hashes(size)[: (other.fetch_tokens if fetched else other.known) // size]
+            blocks = shared_blocks(chain, there) - lacking
+            if blocks > 0 and (fetched or _saves_a_step(model, blocks * size, lacking * size)):
+                return True
+        return False
 
     def _begins_fetch(self, sequence: Sequence) -> bool:
         """Give a sequence that was just admitted the blocks for the KV that others have of it, if any."""
@@ -185,9 +199,9 @@ class Scheduler:
         sequence.blocks.extend(self._pool.allocate(max(missing, 0)))
         return tokens
 
-    def _mixed_budget(self, decoding: list[Chunk], times: StepTimes) -> int:
+    def _mixed_budget(self, decoding: list[Chunk], model: StepModel | None) -> int:
         """Prompt tokens that keep a step with decoding sequences near its target length."""
-        most, model = self._limits.chunk_tokens_max, times.model
+        most = self._limits.chunk_tokens_max
         if model is None or not model.knows_prefill:
             return most
         decode_ms = model.decode_ms(len(decoding), sum(chunk.sequence.known for chunk in decoding))
@@ -262,3 +276,10 @@ class Scheduler:
         sequence.kind = "local"
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+
+def _saves_a_step(model: StepModel | None, tokens: int, start: int) -> bool:
+    """Whether computing so many tokens takes longer than one more step; taken to be so until measured."""
+    if model is None or not model.knows_prefill:
+        return True
+    return model.tokens_ms(tokens, context_of(tokens, start)) > model.step

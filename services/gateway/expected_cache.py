@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from services.core.block_hash import shared_blocks
 from services.core.clock import Clock
 from services.core.worker_report import WorkerKey
 from services.gateway.generation import Event
@@ -108,7 +109,7 @@ class ExpectedCache:
         found: dict[WorkerKey, Leading] = {}
         for part in self._parts.get(chain[0], ()) if chain else ():
             if part.worker in asked and part.stage is not Stage.NOTHING:
-                blocks = _common(chain, part.chain)
+                blocks = shared_blocks(chain, part.chain)
                 there, coming = found.get(part.worker, (0, 0))
                 if part.stage is Stage.THERE:
                     there = max(there, blocks)
@@ -161,9 +162,3 @@ class Noted:
 
 def _part(holder: tuple[WorkerKey, Chain] | None, stage: Stage) -> _Part | None:
     return _Part(*holder, stage) if holder and holder[1] else None
-
-
-def _common(one: Chain, other: Chain) -> int:
-    """Leading blocks in common: a block's hash covers those before it."""
-    blocks = min(len(one), len(other))
-    return bisect_left(range(blocks), True, key=lambda block: one[block] != other[block])
