@@ -1,6 +1,7 @@
 """What a worker tells the cluster about itself (the value that membership carries)."""
 
 from typing import Literal, NamedTuple
+from zlib import crc32
 
 import msgspec
 
@@ -42,6 +43,11 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     queued_prefill_context: int = 0
     running_context: int = 0
     model: StepModel | None = None  # fitted to this worker's steps; None before the first one
+    chunk_tokens_max: int = 0  # prompt tokens that one step computes at most; 0: it does not say
+    load_age_ms: float = 0.0  # so long before the report the engine said what its load was: a step's time
+    # The tags of the sequences it took last, which are part of its load: so a gateway knows which of those
+    # that it sent are.
+    newest: list[int] = []
     prefix_hit_tokens: int = 0  # totals since start
     prompt_tokens: int = 0
     beat: int = 0  # one more in every announcement of a process; 0: it does not count them
@@ -57,6 +63,11 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def decodes(self) -> bool:
         return has_part(self.role, "decode")
+
+
+def sequence_tag(seq_id: str) -> int:
+    """A short name of a sequence, for reports."""
+    return crc32(seq_id.encode())
 
 
 def has_part(role: Role, part: Part) -> bool:

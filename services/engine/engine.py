@@ -6,6 +6,7 @@ It holds the sequences, asks the scheduler what to run, runs it, commits the res
 process, socket or thread: `services.engine.process` drives it in production, tests call it directly.
 """
 
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from router.step_model import StepWork, context_of
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import Clock
 from services.core.errors import FACTS, DiptychError, KvSourceLost, Overloaded
+from services.core.worker_report import sequence_tag
 from services.engine.block_pool import BlockPool, Generations
 from services.engine.messages import (
     Admitted,
@@ -41,6 +43,8 @@ from services.engine.step_times import StepTimes
 
 _RESERVED = (State.RECEIVING, State.REVOKED)
 _WRITTEN = (*_RESERVED, State.FETCHING)  # KV may be on its way into the blocks
+# Sequences that are named in reports: as many as may come between two of them, at 128 a second.
+_NEWEST = 32
 # Steps expected to take longer are announced before they run; shorter ones are no reason for a message.
 _LONG_STEP_S = 0.5
 # A step like none before, such as the first one: weights are touched for the first time, kernels compiled.
@@ -65,6 +69,7 @@ class Engine:
         self._sequences: dict[str, list[Sequence]] = {}  # several: choices that have forked
         self._loans: dict[str, list[int]] = {}  # cached blocks that are kept for readers elsewhere
         self._times = StepTimes()
+        self._newest: deque[int] = deque(maxlen=_NEWEST)  # tags of the sequences that were taken last
         self._root: Callable[[str], bytes] = lru_cache(1024)(lambda salt: chain_root(compatibility, salt))
         self._prompt_tokens = 0
         self._prefix_hit_tokens = 0
@@ -149,6 +154,7 @@ class Engine:
             self._refused.append(Refused(submit.seq_id, FACTS[type(refusal)].label, refusal.message))
             return
         self._sequences[submit.seq_id] = [sequence]
+        self._newest.append(sequence_tag(submit.seq_id))
         if sequence.state is State.RECEIVING:
             self._report_admitted(sequence)
         else:
@@ -337,6 +343,7 @@ class Engine:
             queued_prefill_context=sum(context_of(s.to_compute, s.known - s.to_compute) for s in queued),
             running_context=sum(s.known for s in self._scheduler.admitted if s.kind != "prefill"),
             model=self._times.model,
+            newest=list(self._newest),
             prompt_tokens=self._prompt_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,

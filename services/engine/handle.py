@@ -81,6 +81,7 @@ class EngineHandle:
         self._listeners: dict[str, Listener] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self.gauges = Gauges()
+        self.gauges_at = clock.now()  # when the engine said so
         self._silent_s = 0.0  # since the last report
         self._silence_s = 0.0  # that it announced
         self.overdue = False
@@ -219,7 +220,7 @@ class EngineHandle:
 
     def _dispatch(self, report: Report) -> None:
         self._silent_s, self._silence_s = 0.0, report.silence_s
-        self.gauges = report.gauges
+        self.gauges, self.gauges_at = report.gauges, self._clock.now()
         events: list[Event] = [*report.admitted, *report.advanced, *report.tokens]
         for event in (*events, *report.revoked, *report.refused):
             if listener := self._listeners.get(event.seq_id):

@@ -102,6 +102,7 @@ class ClusterView:
             self._take(report, now)
         for worker_id in [w for w, at in self._listed_at.items() if now - at > LEASE_GRACE_S]:
             del self._reports[worker_id], self._listed_at[worker_id], self._heard_at[worker_id]
+            self.in_flight.lost(worker_id)
             logger.warning("worker left the cluster", extra={"worker_id": worker_id})
         self._suspected_at = {key: at for key, at in self._suspected_at.items() if now - at < SUSPICION_S}
         await self._workers.keep_only(self._reports.values())
@@ -111,6 +112,7 @@ class ClusterView:
         counts_beats = report.beat > 0
         if before is None or before.beat != report.beat or not counts_beats:
             self._heard_at[report.worker_id] = now
+            self.in_flight.heard(report)
         self._reports[report.worker_id] = report
         self._listed_at[report.worker_id] = now
 
@@ -165,9 +167,12 @@ class ClusterView:
         self._suspected_at[worker] = self._clock.now()
 
     def worker_views(self) -> list[WorkerView]:
-        """For the router: reports with our unreported work added."""
+        """For the router: what the workers have to do now, by their reports and our own work."""
+        now = self._clock.now()
         return [
-            self.in_flight.added_to(self._view(report), reports_arrive=self._store_answers)
+            self.in_flight.applied_to(
+                self._view(report), now - self._heard_at[report.worker_id] + report.load_age_ms / 1e3
+            )
             for report in self._reports.values()
         ]
 

@@ -21,6 +21,7 @@ from services.gateway.cluster_view import ClusterView, Located
 from services.gateway.dispatch import dispatch
 from services.gateway.generation import AttemptFailed, Event, Excluded, Routed, WorkerEvent, WorkerPair
 from services.gateway.worker_client import OutputToken, PrefillResult, PrefixSource, Sequence, WorkerClient
+from services.wire.convert import attempt_id
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,11 @@ class Pipeline:
         if placement is None:
             yield AttemptFailed(NoWorker("No worker can take the request now. Try again in a moment."))
             return
+        seq_id = attempt_id(sequence.request_id, sequence.attempt)
         with (
-            self._view.in_flight.sent(placement.route, sequence.known_tokens, len(sequence.choices)),
+            self._view.in_flight.sent(
+                placement.route, seq_id, sequence.known_tokens, len(sequence.choices)
+            ) as computing,
             self._view.expecting(placement.prefill, placement.decode, known_ids, sequence.salt) as expected,
         ):
             yield placement
@@ -58,6 +62,8 @@ class Pipeline:
             async with aclosing(in_index_order(arriving, sequence.choices, choices)) as events:
                 async for event in events:
                     expected.see(event)
+                    if isinstance(event, PrefillResult | OutputToken):
+                        computing.prefilled()
                     yield event
                     for choice in choices.take_unwanted(sequence.choices):
                         self._end_choice(placement, sequence, choice)

@@ -251,6 +251,9 @@ class Worker:
             queued_prefill_context=gauges.queued_prefill_context,
             running_context=gauges.running_context,
             model=gauges.model,
+            chunk_tokens_max=self._config.chunk_tokens_max,
+            load_age_ms=1e3 * (self._clock.now() - self._engine.gauges_at),
+            newest=gauges.newest,
             prefix_hit_tokens=gauges.prefix_hit_tokens,
             prompt_tokens=gauges.prompt_tokens,
         )

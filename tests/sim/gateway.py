@@ -133,8 +133,8 @@ class SimGateway:
             found.append(f"{gateway.admission._inflight} requests in flight when quiet")
         if len(gateway._line):
             found.append(f"{len(gateway._line)} requests in the waiting line when quiet")
-        if gateway.view.in_flight._sent:
-            found.append(f"work counted as in flight when quiet: {gateway.view.in_flight._sent}")
+        if parts := gateway.view.in_flight.parts:
+            found.append(f"work counted as in flight when quiet: {parts}")
         for session in self.workers._sessions.values():
             if session._inboxes:
                 found.append(f"inboxes left in a decode session: {list(session._inboxes)}")

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 
-from router.state import Offer, Route, WorkerView
+from router.state import Offer, Route
 from router.step_model import StepModel
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import ManualClock
+from services.core.worker_report import sequence_tag
 from services.gateway import cluster_view
 from services.gateway.cluster_view import LEASE_GRACE_S, REPUBLISH_S, SILENT_S, SUSPICION_S, ClusterView
 from services.gateway.expected_cache import PUBLISHED_S
-from services.gateway.in_flight import REPORT_DELAY_S, InFlight
 from services.gateway.memory_worker_client import MemoryWorkerClient
 from services.gateway.worker_client import OutputToken, PrefillResult, Started
 from services.index.memory_index import MemoryPrefixIndex
@@ -355,42 +355,23 @@ class TestLocate:
         assert await world.view.locate(tokens, "") == ({"d1": 0, "d2": 0}, {})
 
 
-class TestInFlight:
-    VIEW = WorkerView(id="d1", prefills=True, decodes=True, blocks_available=10, block_size=16)
-
-    def route(self, part: str, cached: int = 0) -> Route:
-        offer = Offer(worker=self.VIEW, part=part, cached_tokens=cached)
-        return Route((offer,), (offer,))
-
-    @pytest.mark.parametrize(
-        ("part", "queued", "running"), [("prefill", 30, 0), ("decode", 0, 1), ("alone", 30, 1)]
+async def test_views_show_what_the_workers_have_to_do_now(world) -> None:
+    busy = report(
+        "p1", "prefill", queued_prefill_tokens=1_000, model=StepModel(token=1.0), load_age_ms=100.0, beat=1
     )
-    def test_sent_work_is_added_until_it_ends(self, part, queued, running) -> None:
-        in_flight = InFlight(ManualClock())
-        with in_flight.sent(self.route(part, cached=10), 40, 1):
-            view = in_flight.added_to(self.VIEW, reports_arrive=True)
-            assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (queued, running, 6)
-        assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
+    await world.announce(busy)
+    world.clock.advance(0.2)
+    (view,) = world.view.worker_views()
+    assert view.queued_prefill_tokens == 700  # at a token a millisecond
 
-    @pytest.mark.parametrize(
-        ("part", "running", "blocks"), [("prefill", 0, 6), ("decode", 3, 4), ("alone", 3, 4)]
-    )
-    def test_choices_share_their_prompt_s_blocks_where_they_are_decoded(self, part, running, blocks) -> None:
-        in_flight = InFlight(ManualClock())
-        with in_flight.sent(self.route(part), 40, 3):
-            view = in_flight.added_to(self.VIEW, reports_arrive=True)
-            assert (view.running, view.blocks_available) == (running, blocks)
 
-    def test_sent_work_is_not_counted_twice_once_reports_include_it(self) -> None:
-        clock = ManualClock()
-        in_flight = InFlight(clock)
-        with in_flight.sent(self.route("alone"), 40, 1):
-            clock.advance(REPORT_DELAY_S)
-            assert in_flight.added_to(self.VIEW, reports_arrive=True) == self.VIEW
-            assert in_flight.added_to(self.VIEW, reports_arrive=False).running == 1
-
-    def test_a_burst_adds_up_and_never_below_zero_blocks(self) -> None:
-        in_flight = InFlight(ManualClock())
-        with in_flight.sent(self.route("alone"), 100, 1), in_flight.sent(self.route("alone"), 100, 1):
-            view = in_flight.added_to(self.VIEW, reports_arrive=True)
-            assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (200, 2, 0)
+async def test_a_report_says_which_of_our_sequences_it_counts(world) -> None:
+    await world.announce(report("d1", "decode", beat=1))
+    (view,) = world.view.worker_views()
+    offer = Offer(worker=view, part="decode", cached_tokens=0)
+    with world.view.in_flight.sent(Route((offer,), (offer,)), "r-1", 40, 1):
+        assert [view.running for view in world.view.worker_views()] == [1]
+        await world.announce(report("d1", "decode", running=5, newest=[sequence_tag("other")], beat=2))
+        assert [view.running for view in world.view.worker_views()] == [6]
+        await world.announce(report("d1", "decode", running=6, newest=[sequence_tag("r-1")], beat=3))
+        assert [view.running for view in world.view.worker_views()] == [6]

@@ -107,7 +107,7 @@ async def test_a_draining_worker_is_a_source_and_a_suspected_one_is_not() -> Non
 async def test_tokens_to_be_fetched_do_not_count_as_work_in_flight() -> None:
     cluster = Cluster()
     placed = await cluster.attempt(cached=400)
-    with cluster.view.in_flight.sent(placed.route, len(PROMPT), 1):
+    with cluster.view.in_flight.sent(placed.route, "r-1", len(PROMPT), 1):
         views = {view.id: view for view in cluster.view.worker_views()}
     assert views["p"].queued_prefill_tokens == 100
 
