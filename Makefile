@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer clean
+	bench-transfer bench-routing clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -75,6 +75,11 @@ bench-cancel: setup
 # How fast KV moves between two processes, beside what memory, sockets, gRPC and NIXL themselves can do.
 bench-transfer: setup
 	@$(PY) -m tests.bench.transfer $(if $(QUICK),--quick)
+
+# All routing policies over real request traces, in virtual time (QUICK=1: under three minutes, DATA=folder
+# of the traces, JSON=file). Steps take measured times: `python -m tests.bench.routing.measure`.
+bench-routing: setup
+	@$(PY) -m tests.bench.routing $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(JSON),--json $(JSON))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
