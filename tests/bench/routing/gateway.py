@@ -13,6 +13,8 @@ from services.core.worker_report import WorkerReport
 from services.gateway.attempts import PAUSE_MAX_S, PAUSE_MIN_S
 from services.gateway.cluster_view import ClusterView
 from services.gateway.expected_cache import Noted
+from services.gateway.in_flight import Part
+from services.gateway.worker_client import OutputToken
 from tests.bench.routing.timeline import Timeline, immediate
 from tests.bench.routing.worker import MODEL, Store
 
@@ -32,7 +34,12 @@ class Placed:
 
     route: Route
     in_flight: ExitStack
+    computing: Part
     expected: Noted
+
+    def token(self, token: OutputToken) -> None:
+        self.computing.prefilled()
+        self.expected.see(token)
 
 
 class Gateway:
@@ -46,7 +53,7 @@ class Gateway:
         immediate(self._view.refresh())
         self._timeline.after(phase_s, self._refresh)
 
-    def place(self, known_ids: Sequence[int], max_tokens: int) -> Placed | None:
+    def place(self, seq_id: str, known_ids: Sequence[int], max_tokens: int) -> Placed | None:
         """As services.gateway.pipeline does it."""
         view = self._view
         located = immediate(view.locate(known_ids, ""))
@@ -58,9 +65,10 @@ class Gateway:
         if chosen is None:
             return None
         in_flight = ExitStack()
-        in_flight.enter_context(view.in_flight.sent(chosen, len(known_ids), 1))
+        computing = in_flight.enter_context(view.in_flight.sent(chosen, seq_id, len(known_ids), 1))
         holders = [view.report(name) if name else None for name in (chosen.prefill, chosen.decode)]
-        return Placed(chosen, in_flight, in_flight.enter_context(view.expecting(*holders, known_ids, "")))
+        expected = in_flight.enter_context(view.expecting(*holders, known_ids, ""))
+        return Placed(chosen, in_flight, computing, expected)
 
     @property
     def has_line(self) -> bool:

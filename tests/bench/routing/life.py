@@ -75,7 +75,8 @@ class Life:
     def _try(self) -> None:
         self.attempts += 1
         known = self._prompt_ids + self._output_ids
-        self._placed = self._gateway.place(known, self.request.answer_tokens - len(self._output_ids))
+        left = self.request.answer_tokens - len(self._output_ids)
+        self._placed = self._gateway.place(self._seq_id, known, left)
         if self._placed is None:
             self._gateway.wait(self.number, self._try)
             return
@@ -98,7 +99,7 @@ class Life:
     def token(self, token: Token) -> None:
         """A token reached the gateway; duplicates of a resumed attempt do not exist, since it carries all."""
         assert self._placed is not None
-        self._placed.expected.see(OutputToken(token.index, token.token))
+        self._placed.token(OutputToken(token.index, token.token))
         self._output_ids.append(token.token)
         if len(self._output_ids) == 1:
             self.first_token_s = self._around.timeline.now()
@@ -121,9 +122,13 @@ class Life:
         assert self._placed is not None
         self._placed.in_flight.close()
 
+    @property
+    def _seq_id(self) -> str:
+        return f"{self.number}.{self.attempts}"
+
     def _submit(self, kind: Kind, fetch_tokens: int) -> Submit:
         return Submit(
-            seq_id=f"{self.number}.{self.attempts}",
+            seq_id=self._seq_id,
             kind=kind,
             prompt_ids=self._prompt_ids,
             output_ids=list(self._output_ids),

@@ -143,6 +143,7 @@ class Worker:
         self.engine = Engine(runner, self._compatibility, blocks, _limits(), self._clock)
         self._blocks, self._block_size = blocks, block_size
         self._gauges = Gauges(blocks_total=blocks, blocks_free=blocks)
+        self._gauges_at_s = 0.0
         self._listeners: dict[str, Listener] = {}
         self._inbox: list[Command] = []
         self._busy = False
@@ -214,7 +215,7 @@ class Worker:
         self._publish_later(report)
 
     def _count(self, report: Report) -> None:
-        self._gauges = report.gauges
+        self._gauges, self._gauges_at_s = report.gauges, self._timeline.now()
         self.work.preemptions = report.gauges.preemptions
         if report.step:
             self.work.steps += 1
@@ -255,6 +256,8 @@ class Worker:
             compatibility=self._compatibility,
             context_tokens_max=self._blocks * self._block_size,
             beat=self._beat,
+            chunk_tokens_max=WorkerConfig().chunk_tokens_max,
+            load_age_ms=1e3 * (self._timeline.now() - self._gauges_at_s),
             **{name: getattr(self._gauges, name) for name in _GAUGES},
         )
 
