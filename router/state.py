@@ -14,6 +14,7 @@ ASSUMED = StepModel(step=20.0, token=1.0, sequence=2.0)  # a small model on a fe
 Split = Literal["auto", "always", "never"]
 Policy = Literal["random", "round_robin", "least_loaded", "prefix_aware", "cost"]  # router/policy.py
 Part = Literal["prefill", "decode", "alone"]
+RouteKind = Literal["split", "decode_alone", "prefill_only"]
 NOTHING: Mapping[str, int] = MappingProxyType({})  # tokens, by worker
 
 
@@ -156,6 +157,12 @@ class Route:
         return self._worker("decode") or self._worker("alone")
 
     @property
+    def kind(self) -> RouteKind:
+        if self.decode is None:
+            return "prefill_only"
+        return "decode_alone" if self.prefill is None else "split"
+
+    @property
     def computes(self) -> Offer:
         """The offer of the worker that computes the prompt."""
         return self.chosen[0]
@@ -171,14 +178,15 @@ class Route:
         return first.queue_ms + first.fetch_ms + first.prefill_ms
 
     @property
+    def ranked(self) -> list[Offer]:
+        """Every offer, the chosen ones first, then by score."""
+        others = [offer for offer in self.considered if offer not in self.chosen]
+        return [*self.chosen, *sorted(others, key=lambda offer: offer.score)]
+
+    @property
     def reasons(self) -> list[str]:
-        """One line per offer, the chosen ones first, then by score."""
-        others = sorted(
-            (offer for offer in self.considered if offer not in self.chosen), key=lambda offer: offer.score
-        )
-        return [f"* {self._reason(offer)}" for offer in self.chosen] + [
-            f"  {self._reason(offer)}" for offer in others
-        ]
+        """One line per offer, ranked."""
+        return [("* " if offer in self.chosen else "  ") + self._reason(offer) for offer in self.ranked]
 
     def _reason(self, offer: Offer) -> str:
         return str(offer) if self.policy == "cost" else f"{offer}, {self.policy} {offer.score:g}"

@@ -4,20 +4,31 @@ import time
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 
 from services.core.errors import UnknownModel
 from services.gateway.edge import Edge
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.http_errors import install_error_handlers
-from services.gateway.responses import ChatCompletion, Completion, ErrorBody, Model, ModelList
-from services.gateway.schema import ChatCompletionRequest, CompletionRequest
+from services.gateway.responses import ChatCompletion, Completion, ErrorBody, Model, ModelList, RouteAnswer
+from services.gateway.schema import AnyRequest, ChatCompletionRequest, CompletionRequest
+from services.gateway.tenant import Tenant
 
 ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
 # "default" also keeps FastAPI from documenting its own error body, which nobody ever gets.
 _ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Error"}}
+
+# For the OpenAPI page; the header is read in services/gateway/tenant.py.
+_KEY = Security(
+    HTTPBearer(
+        scheme_name="API key",
+        description="Any key, or none. Requests of different keys share no cached prompts.",
+        auto_error=False,
+    )
+)
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -25,21 +36,29 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(Edge, clock=gateway.clock, body_bytes_max=gateway.config.body_bytes_max)
     install_error_handlers(app, gateway.metrics, ENDPOINTS)
     _add_generation(app, gateway)
+    _add_explanation(app, gateway)
     _add_models(app, gateway)
     _add_operation(app, gateway)
     return app
 
 
 def _add_generation(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS, dependencies=[_KEY])
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """With `stream`, server-sent events of chat.completion.chunk objects."""
         return Exchange(gateway, "chat_completions", body, http)
 
-    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
+    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS, dependencies=[_KEY])
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """With `stream`, server-sent events of text_completion objects."""
         return Exchange(gateway, "completions", body, http)
+
+
+def _add_explanation(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/v1/route", responses=_ERRORS, dependencies=[_KEY])
+    async def explain(body: AnyRequest, http: Request) -> RouteAnswer:
+        """Where a request with this body would go now, and why. Nothing is computed or reserved for it."""
+        return await gateway.explain(body, Tenant.of(http.headers.get("authorization")))
 
 
 def _add_models(app: FastAPI, gateway: Gateway) -> None:

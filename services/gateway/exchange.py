@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from router.state import Route
 from services.core.child_tasks import ChildTasks
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker
 from services.gateway.answer import TextDelta, joined
@@ -40,7 +41,13 @@ class Exchange(Response):
         self._request_id: str = http.state.request_id
         self._client_request_id: str = http.state.client_request_id
         self._tenant = Tenant.of(http.headers.get("authorization"))
-        self._journal = Journal(endpoint, gateway.clock, gateway.metrics, http.state.received_at)
+        self._journal = Journal(
+            endpoint,
+            gateway.clock,
+            gateway.metrics,
+            http.state.received_at,
+            keeps_routes=body.explain is True,
+        )
         form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
         self._format: AnswerFormat = form(self._request_id, gateway.model.name)
 
@@ -101,7 +108,7 @@ class Exchange(Response):
             collected[delta.choice].append(delta)
         answers = [joined(collected[choice]) for choice in sorted(collected)]
         body = self._format.whole(answers, self._journal.usage)
-        return as_json(body, self._timings, self._if_wanted(*answers))
+        return as_json(body, self._if_wanted(*answers), self._timings, self._routes)
 
     async def _stream(self, deltas: AsyncGenerator[TextDelta, None], stream: EventStream) -> None:
         opened: set[int] = set()
@@ -112,10 +119,12 @@ class Exchange(Response):
                 if opening := self._format.opening(delta.choice):
                     await stream.event(as_json(opening))
             unfinished -= delta.finish is not None
-            timings = self._timings if not unfinished and not self._body.include_usage else None
-            await stream.event(as_json(self._format.chunk(delta), timings, self._if_wanted(delta)))
+            last = not unfinished and not self._body.include_usage
+            extras = (self._timings, self._routes) if last else (None, None)
+            await stream.event(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
         if self._body.include_usage:
-            await stream.event(as_json(self._format.usage_chunk(self._journal.usage), self._timings))
+            usage = self._format.usage_chunk(self._journal.usage)
+            await stream.event(as_json(usage, None, self._timings, self._routes))
         await stream.done()
 
     def _if_wanted(self, *deltas: TextDelta) -> list[tuple[int, ...]] | None:
@@ -132,6 +141,10 @@ class Exchange(Response):
     @property
     def _timings(self) -> Timings | None:
         return self._journal.timings if self._body.timings else None
+
+    @property
+    def _routes(self) -> list[Route] | None:
+        return self._journal.routes if self._body.explain else None
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -4,8 +4,10 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from router.state import Route
 from services.core.sampling import FinishReason
 from services.gateway.answer import TextDelta
+from services.gateway.explanation import explained
 from services.gateway.responses import (
     ChatAnswer,
     ChatChoice,
@@ -113,8 +115,9 @@ class CompletionFormat:
 
 def as_json(
     body: ChatCompletion | ChatCompletionChunk | Completion,
-    timings: Timings | None = None,
     token_ids: Sequence[Sequence[int]] | None = None,
+    timings: Timings | None = None,
+    routes: Sequence[Route] | None = None,
 ) -> str:
     """`body` with the extras that the client asked for, and without the fields that nobody set."""
     if token_ids is not None:
@@ -123,4 +126,6 @@ def as_json(
             choice.token_ids = list(next(of_choices))
     if timings is not None:
         body.timings = timings
+    if routes is not None:
+        body.routes = list(map(explained, routes))
     return body.model_dump_json(exclude_unset=True)

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 
 from router.state import RouteOptions
 from services.core.clock import Clock
+from services.core.errors import NoWorker
 from services.gateway.admission import Admission
 from services.gateway.answer import AnswerText, TextDelta, answer
 from services.gateway.attempts import Attempts, Patience, RetryPolicy
@@ -12,13 +13,17 @@ from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
 from services.gateway.detokenizer import Detokenizer
+from services.gateway.explanation import answer as route_answer
 from services.gateway.generation import Generation
 from services.gateway.journal import Journal
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
 from services.gateway.prompt import PromptReader
+from services.gateway.responses import RouteAnswer
+from services.gateway.schema import GenerationRequest
 from services.gateway.served_model import ServedModel
 from services.gateway.stop import StopMatcher
+from services.gateway.tenant import Tenant
 from services.gateway.waiting_line import WaitingLine
 from services.gateway.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
@@ -72,6 +77,16 @@ class Gateway:
         attempts = Attempts(generation, choices, self._pipeline, self.view)
         texts = [self._text(generation) for _ in range(generation.choices)]
         return answer(attempts.events(patience), texts, choices, journal)
+
+    async def explain(self, request: GenerationRequest, tenant: Tenant) -> RouteAnswer:
+        """Where the request would go if it came now. It is not counted and nothing is computed for it."""
+        generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
+        sequence = generation.sequence(1, tuple(range(generation.choices)), [])
+        located = await self.view.locate(generation.prompt_ids, generation.salt)
+        route = self._pipeline.route(sequence, located)
+        if route is None:
+            raise NoWorker("No worker could take the request now.")
+        return route_answer(self.model.name, sequence.known_tokens, route, located, self.view.reports)
 
     def _text(self, generation: Generation) -> AnswerText:
         return AnswerText(

@@ -7,7 +7,7 @@ TextDelta  <──  answer  <──  Routed, PrefillResult, Started, OutputToken
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from router.state import Route
+from router.state import Route, RouteKind
 from services.core.errors import DiptychError
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerKey, WorkerReport
@@ -58,10 +58,8 @@ class Routed:
     prefix: PrefixSource | None = None  # what the one that computes the prompt may fetch
 
     @property
-    def kind(self) -> str:
-        if self.decode is None:
-            return "prefill_only"
-        return "decode_alone" if self.prefill is None else "split"
+    def kind(self) -> RouteKind:
+        return self.route.kind
 
 
 class WorkerPair(NamedTuple):

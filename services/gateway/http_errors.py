@@ -12,6 +12,7 @@ from starlette.responses import Response
 from services.core.errors import BadRequest, DiptychError, NoWorker, Overloaded, UnknownModel, facts
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.responses import ErrorBody, ErrorDetails
+from services.gateway.schema import CHAT, COMPLETION
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
 INTERNAL = "The server failed to answer this request. It is not the request's fault; see the server's log."
@@ -100,6 +101,8 @@ def _path(location: Sequence[str | int], body: object) -> list[str | int]:
     """
     path: list[str | int] = []
     for key in location:
+        if key in (CHAT, COMPLETION):
+            continue
         if isinstance(key, int) and isinstance(body, list):
             path.append(key)
             body = body[key] if key < len(body) else None

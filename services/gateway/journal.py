@@ -1,9 +1,11 @@
 """What happened to one request: its stages, times and counts. Usage, timings and metrics come from it."""
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from router.state import Route
 from services.core.clock import Clock
 from services.core.errors import DiptychError, RequestCancelled, facts
 from services.core.stages import Stage, Timeline
@@ -12,18 +14,30 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.responses import PromptTokensDetails, Timings, Usage
 from services.gateway.worker_client import OutputToken, PrefillResult, Started
 
+# As many as attempts may fail; those that found no room are forgotten, however long a request waits.
+ROUTES_KEPT = 16
+
 
 class Journal:
     """With several attempts at once, each for choices of its own, the stage and the workers are those
     of the latest news."""
 
-    def __init__(self, endpoint: str, clock: Clock, metrics: GatewayMetrics, received_at: float) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        clock: Clock,
+        metrics: GatewayMetrics,
+        received_at: float,
+        *,
+        keeps_routes: bool = False,
+    ) -> None:
         self._endpoint, self._clock, self._metrics = endpoint, clock, metrics
         self._timeline = Timeline(clock, metrics.leave_stage, started_at=received_at)
         self._prompt_tokens = self._seed = 0
         self._completion_tokens = 0
         self._cached_tokens: int | None = None  # of the prompt: not computed when it first was
         self._attempts = 0
+        self._routes: deque[Route] = deque(maxlen=ROUTES_KEPT if keeps_routes else 0)
         self._routed: Routed | None = None
         self._prefill: PrefillResult | None = None  # these two of the latest attempt
         self._started: Started | None = None
@@ -69,6 +83,7 @@ class Journal:
 
     def _record_route(self, routed: Routed) -> None:
         self._attempts += 1
+        self._routes.append(routed.route)
         self._routed, self._prefill, self._started = routed, None, None
         self._metrics.routes.labels(routed.kind).inc()
         if self._timeline.stage is Stage.ADMITTED:  # else another attempt is further
@@ -119,6 +134,11 @@ class Journal:
             total_tokens=self._prompt_tokens + self._completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens or 0),
         )
+
+    @property
+    def routes(self) -> list[Route]:
+        """Of the last attempts, if they are to be kept."""
+        return list(self._routes)
 
     @property
     def timings(self) -> Timings:

@@ -4,7 +4,6 @@ Layers around it add one concern each: `attempts` retries and resumes, `answer` 
 stop strings, `journal` keeps the times, `exchange` speaks HTTP and sees the client go.
 """
 
-import itertools
 import logging
 import random
 from collections.abc import AsyncGenerator, Collection
@@ -37,7 +36,7 @@ class Pipeline:
     ) -> None:
         self._view, self._workers, self._options = view, workers, options
         self._clock, self._rng = clock, rng
-        self._numbers = itertools.count()
+        self._placed = 0
 
     async def attempt(
         self, sequence: Sequence, choices: Choices, excluded: Collection[Excluded], deadline: float
@@ -68,12 +67,19 @@ class Pipeline:
                     for choice in choices.take_unwanted(sequence.choices):
                         self._end_choice(placement, sequence, choice)
 
-    def _place(self, sequence: Sequence, located: Located, excluded: Collection[Excluded]) -> Routed | None:
+    def route(
+        self, sequence: Sequence, located: Located, excluded: Collection[Excluded] = ()
+    ) -> Route | None:
+        """Where it would go now; nothing is reserved there. None if no worker can take it."""
+        request, views = self._request(sequence, excluded), self._view.worker_views()
+        return route(request, located.cached, views, self._options, self._rng, located.coming)
+
+    def _request(self, sequence: Sequence, excluded: Collection[Excluded]) -> RouteRequest:
         alive = {report.key for report in self._view.reports}
-        request = RouteRequest(
+        return RouteRequest(
             prompt_tokens=sequence.known_tokens,
             max_tokens=sequence.tokens_left,
-            number=next(self._numbers),
+            number=self._placed,
             choices=len(sequence.choices),
             excluded=frozenset(key.worker_id for key in alive.intersection(excluded)),
             apart=frozenset(
@@ -82,10 +88,12 @@ class Pipeline:
                 if isinstance(pair, WorkerPair) and alive.issuperset(pair)
             ),
         )
-        views = self._view.worker_views()
-        chosen = route(request, located.cached, views, self._options, self._rng, located.coming)
+
+    def _place(self, sequence: Sequence, located: Located, excluded: Collection[Excluded]) -> Routed | None:
+        chosen = self.route(sequence, located, excluded)
         if chosen is None:
             return None
+        self._placed += 1
         if logger.isEnabledFor(logging.DEBUG):
             context = {"request_id": sequence.request_id}
             logger.debug(

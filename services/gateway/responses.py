@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from router.state import Part, Policy, RouteKind
 from services.core.sampling import FinishReason
+from services.core.worker_report import Role, State
 
 
 class PromptTokensDetails(BaseModel):
@@ -41,6 +43,58 @@ class Timings(BaseModel):
     seed: int  # the client's, or the one that was drawn: with it the same request gives the same answer
 
 
+class ExplainedOffer(BaseModel):
+    """What it would cost to give one worker one part of the request, in milliseconds."""
+
+    worker: str
+    part: Part  # alone: the decode worker computes the prompt itself
+    chosen: bool
+    score: float  # by the policy; of the offers for a part the lowest wins
+    cost: float  # the sum of what follows
+    queue: float  # prompts ahead of this one
+    fetch: float  # of a prefix that another worker has cached
+    prefill: float  # the tokens that are neither cached nor fetched
+    transfer: float  # KV from prefill to decode worker
+    decode: float  # the first step after that
+    interference: float  # how long prefills delay decoding
+    cached_tokens: int  # of the prompt, when its turn comes there
+    fetched_tokens: int
+    fetched_from: str | None
+
+
+class ExplainedRoute(BaseModel):
+    """Where an attempt goes and why. Times are milliseconds."""
+
+    policy: Policy
+    kind: RouteKind
+    prefill_worker: str | None  # null: the decode worker computes the prompt itself
+    decode_worker: str | None  # null: one token is asked for, which the prefill worker gives
+    expected_first_token: float
+    expected_queue: float  # the part of it before the prompt's turn comes
+    cost: float  # of the chosen offers together
+    offers: list[ExplainedOffer]  # the chosen ones first, then the others by score
+
+
+class CachedOn(BaseModel):
+    """What one worker's cache holds of a prompt."""
+
+    worker: str
+    role: Role
+    state: State
+    cached_tokens: int
+    coming_tokens: int  # that will be there once what waits there is computed
+
+
+class RouteAnswer(BaseModel):
+    """Where a request would go if it came now."""
+
+    object: Literal["route"]
+    model: str
+    prompt_tokens: int
+    route: ExplainedRoute
+    cached: list[CachedOn]
+
+
 class ChatAnswer(BaseModel):
     role: Literal["assistant"]
     content: str
@@ -63,6 +117,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     timings: Timings | None = None
+    routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16
 
 
 class ChatDelta(BaseModel):
@@ -86,6 +141,7 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     timings: Timings | None = None
+    routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16
 
 
 class CompletionChoice(BaseModel):
@@ -106,6 +162,7 @@ class Completion(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     timings: Timings | None = None
+    routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16
 
 
 class Model(BaseModel):

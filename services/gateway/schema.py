@@ -11,7 +11,16 @@ import logging
 import reprlib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from services.core.errors import BadRequest
 
@@ -154,6 +163,7 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     timings: bool | None = Field(None, description="add where the time went to the answer")
+    explain: bool | None = Field(None, description="add where its attempts went, and why, to the answer")
     return_token_ids: bool | None = Field(None, description="add the answer's token ids to its choices")
     cache_salt: Text | None = Field(
         None, description="share cached prompts only with requests of the same API key and salt"
@@ -213,6 +223,21 @@ class ChatCompletionRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     prompt: Prompt = Field(description="text, or token ids, or a list of one of these")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default 16")
+
+
+# What pydantic calls the two in the locations of errors; no field of a request is named so.
+CHAT, COMPLETION = "(chat)", "(completion)"
+
+
+def _kind(body: object) -> str:
+    """Which of the two a body is meant to be, so that its errors are those of that one."""
+    return CHAT if isinstance(body, dict) and "messages" in body else COMPLETION
+
+
+AnyRequest = Annotated[
+    Annotated[ChatCompletionRequest, Tag(CHAT)] | Annotated[CompletionRequest, Tag(COMPLETION)],
+    Discriminator(_kind),
+]
 
 
 def _asks_for_nothing(name: str, value: object) -> bool:

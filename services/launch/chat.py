@@ -33,9 +33,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    state = read_state()
-    url = arguments.url or (f"{state.gateway_url}/v1" if state else DEFAULT_URL)
-    with OpenAiClient(url) as client:
+    with OpenAiClient(api_url(arguments.url)) as client:
         model = arguments.model or client.served_model()
         parameters: dict[str, Any] = {"model": model, "temperature": arguments.temperature}
         if arguments.max_tokens:
@@ -44,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.question is None and sys.stdin.isatty():
             conversation.hold()
         else:
-            conversation.ask(arguments.question if arguments.question is not None else _piped_question())
+            conversation.ask(arguments.question if arguments.question is not None else piped("chat"))
     return 0
 
 
@@ -88,10 +86,17 @@ class Conversation:
                 print(f"diptych: {error.message}", file=sys.stderr)
 
 
-def _piped_question() -> str:
+def api_url(given: str | None) -> str:
+    """`given`, or that of the cluster of `diptych up` on this machine, or where one would be."""
+    state = read_state()
+    return given or (f"{state.gateway_url}/v1" if state else DEFAULT_URL)
+
+
+def piped(command: str) -> str:
+    """The question on standard input. Raises BadRequest if there is none."""
     question = sys.stdin.read().strip()
     if not question:
-        raise BadRequest('there is no question; pass one: diptych chat "..."')
+        raise BadRequest(f'there is no question; pass one: diptych {command} "..."')
     return question
 
 

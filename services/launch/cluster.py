@@ -45,6 +45,7 @@ class ClusterPlan:
     blocks: int = 0  # KV blocks per worker; 0: the worker's default
     config: Path | None = None
     route_split: str = ""  # empty: the gateway's own setting
+    policy: str = ""  # the same
 
     @property
     def gateway_url(self) -> str:
@@ -147,6 +148,7 @@ class LocalCluster:
     def _gateway_spec(self) -> ChildSpec:
         flags = ["--host", self._plan.host, "--port", str(self._plan.port), *self._common_flags()]
         flags += ["--route-split", self._plan.route_split] if self._plan.route_split else []
+        flags += ["--policy", self._plan.policy] if self._plan.policy else []
         return ChildSpec(
             "gateway", diptych("gateway", *flags), self._environment("gateway"), self._log("gateway")
         )

@@ -1,6 +1,7 @@
-"""What `chat` and `demo` need of the OpenAI API, over httpx: the served model, streamed answers.
+"""What `chat`, `demo` and `explain` need of the API, over httpx: the served model, streamed answers, routes.
 
 GET  {url}/models
+POST {url}/route
 POST {url}/chat/completions  with "stream": true, answered by server-sent events
 """
 
@@ -21,12 +22,17 @@ Message = dict[str, str]  # role and content
 class OpenAiClient:
     """`url` is the API's base, such as http://127.0.0.1:8000/v1. Calls raise DiptychErrors."""
 
-    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str, transport: httpx.BaseTransport | None = None, api_key: str | None = None
+    ) -> None:
         self._url = url.rstrip("/")
         loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
         # An answer may take as long as it takes. A proxy from the environment cannot reach loopback.
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS)
-        self._http = httpx.Client(timeout=timeout, trust_env=not loopback, transport=transport)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        self._http = httpx.Client(
+            timeout=timeout, trust_env=not loopback, transport=transport, headers=headers
+        )
 
     def __enter__(self) -> "OpenAiClient":
         return self
@@ -40,6 +46,16 @@ class OpenAiClient:
             response = self._http.get(f"{self._url}/models")
             _check(response)
             return str(response.json()["data"][0]["id"])
+
+    def route(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Where a request with this body would go (RouteAnswer of services/gateway/responses.py)."""
+        with self._errors():
+            response = self._http.post(f"{self._url}/route", json=body)
+            _check(response)
+            answer: dict[str, Any] = response.json()
+            if answer["object"] != "route":
+                raise KeyError("object")
+            return answer
 
     def stream_chat(self, messages: list[Message], **parameters: Any) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed chat completion. Closing the iterator cancels the request."""

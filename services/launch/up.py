@@ -4,7 +4,9 @@ import argparse
 import asyncio
 import os
 from pathlib import Path
+from typing import get_args
 
+from router.state import Policy
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.cluster_state import ClusterState, remove_state, write_state
 from services.launch.cores import threads_per_worker, usable_cores
@@ -29,6 +31,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--threads", type=positive, default=0, metavar="N", help="per worker (default: a share)"
     )
     parser.add_argument("--blocks", type=positive, default=0, metavar="N", help="KV blocks per worker")
+    parser.add_argument(
+        "--policy", default="", choices=get_args(Policy), help="how the gateway routes (default: cost)"
+    )
     parser.add_argument("--config", type=Path, help="TOML file with [gateway] and [worker] settings")
     parser.add_argument(
         "--verbose", action="store_true", help="show the parts' logs instead of writing files"
@@ -51,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         blocks=arguments.blocks,
         config=arguments.config,
+        policy=arguments.policy,
     )
     display.line(describe_threads(plan, usable_cores()))
     try:

@@ -1,19 +1,13 @@
 """Tenants share nothing: keys and salts become digests that no two pairs of them have in common."""
 
 import logging
-from contextlib import aclosing
 from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.state import Route
 from services.core.block_hash import chain_hashes, chain_root
-from services.gateway.generation import Event, Routed
-from services.gateway.journal import Journal
-from services.gateway.metrics import GatewayMetrics
-from services.gateway.schema import CompletionRequest
 from services.gateway.tenant import ANYBODY, Tenant
 from tests.unit.gateway.in_memory_cluster import MODEL, InMemoryCluster
 
@@ -88,46 +82,34 @@ async def warm(cluster: InMemoryCluster, tenant: Tenant, worker_id: str) -> None
     await cluster.index.publish(worker.key, chain_hashes(PROMPT, worker.compatibility.block_size, root), [])
 
 
-class SeeingJournal(Journal):
-    """Keeps the routes of a request's attempts."""
-
-    def __init__(self, cluster: InMemoryCluster) -> None:
-        super().__init__("completions", cluster.clock, GatewayMetrics(), cluster.clock.now())
-        self.routes: list[Route] = []
-
-    def record(self, event: Event) -> None:
-        super().record(event)
-        if isinstance(event, Routed):
-            self.routes.append(event.route)
-
-
-async def route_of(cluster: InMemoryCluster, header: str | None, **body) -> Route:
+async def route_of(cluster: InMemoryCluster, header: str | None, **body) -> dict:
     """Where such a request goes; it is answered, too."""
+    headers = {"Authorization": header} if header else {}
     asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, **body}
-    request, deadline = CompletionRequest.model_validate(asked), cluster.clock.now() + 60
-    generation = await cluster.gateway.prompts.read(request, "r", deadline, Tenant.of(header))
-    journal = SeeingJournal(cluster)
-    journal.admit(len(PROMPT), generation.sampling.seed)
-    async with aclosing(cluster.gateway.answer(generation, journal)) as deltas:
-        assert [delta async for delta in deltas]
-    return journal.routes[0]
+    explained = await cluster.http.post("/v1/route", json=asked, headers=headers)
+    answered = await cluster.http.post("/v1/completions", json={**asked, "explain": True}, headers=headers)
+    assert (explained.status_code, answered.status_code) == (200, 200)
+    (route,) = answered.json()["routes"]
+    assert as_others_see(route) == as_others_see(explained.json()["route"])
+    return route
 
 
-def as_others_see(route: Route) -> tuple[list[str], float]:
-    """Reasons without the drawing of equal offers."""
-    return sorted(reason[2:] for reason in route.reasons), route.expected_ttft_ms
+def as_others_see(route: dict) -> dict:
+    """Without the drawing of equal offers."""
+    offers = sorted(({**offer, "chosen": None} for offer in route["offers"]), key=lambda o: str(o.values()))
+    return {**route, "prefill_worker": None, "decode_worker": None, "offers": offers}
 
 
 async def test_a_route_shows_a_tenant_s_cache_to_that_tenant_only(start_cluster) -> None:
     cold, cluster = await start_cluster(), await start_cluster()
     await warm(cluster, Tenant.of(KEY), "p2")
     own = await route_of(cluster, KEY)
-    assert own.prefill == "p2"
-    assert max(offer.cached_tokens for offer in own.considered) == len(PROMPT)
+    assert own["prefill_worker"] == "p2"
+    assert max(offer["cached_tokens"] for offer in own["offers"]) == len(PROMPT)
     for header, body in ((OTHER, {}), (None, {}), (KEY, {"cache_salt": "mine"})):
         foreign = await route_of(cluster, header, **body)
         assert as_others_see(foreign) == as_others_see(await route_of(cold, header, **body))
-        assert all(offer.cached_tokens == 0 and offer.fetch is None for offer in foreign.considered)
+        assert all(offer["cached_tokens"] == offer["fetched_tokens"] == 0 for offer in foreign["offers"])
 
 
 async def test_no_prefix_is_fetched_from_another_tenant_s_cache(start_cluster) -> None:
@@ -146,9 +128,9 @@ async def test_no_prefix_is_fetched_from_another_tenant_s_cache(start_cluster) -
 async def test_a_cluster_that_shares_finds_every_key_s_prompts(start_cluster) -> None:
     cluster = await start_cluster(cache_sharing="cluster")
     await warm(cluster, Tenant.of(KEY), "p2")
-    assert (await route_of(cluster, OTHER)).prefill == "p2"
+    assert (await route_of(cluster, OTHER))["prefill_worker"] == "p2"
     separate = await route_of(cluster, OTHER, cache_salt="mine")
-    assert all(offer.cached_tokens == 0 for offer in separate.considered)
+    assert all(offer["cached_tokens"] == 0 for offer in separate["offers"])
 
 
 async def test_a_key_reaches_no_log_no_worker_and_no_metric(start_cluster, caplog) -> None:
