@@ -1,12 +1,13 @@
 """Fixtures that tests of several packages share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from services.store.embedded import EmbeddedValkey
+from tests.support.redis_binary import NoRedis
+from tests.support.redis_servers import RedisServers
 
 # The time of one example says more about the machine's other work than about ours.
 settings.register_profile("diptych", deadline=None)
@@ -14,10 +15,28 @@ settings.load_profile("diptych")
 
 
 @pytest.fixture(scope="session")
-def valkey_url() -> Iterator[str]:
-    """A real Valkey server for the whole run: take a namespace of your own, and never kill it."""
-    with EmbeddedValkey() as valkey:
-        yield valkey.url
+def redis_servers() -> Iterator[RedisServers]:
+    """Real servers for the whole run: take a namespace of your own, and never kill one."""
+    with RedisServers() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_servers: RedisServers) -> Callable[[str], str]:
+    """The URL of the server of a kind; skips the test if this machine cannot have one."""
+
+    def url(kind: str) -> str:
+        try:
+            return redis_servers.url(kind)
+        except NoRedis as error:
+            pytest.skip(f"no {kind} here: {error}")
+
+    return url
+
+
+@pytest.fixture(scope="session")
+def valkey_url(redis_servers: RedisServers) -> str:
+    return redis_servers.url("valkey")
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,18 @@ import hashlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
 HASH_BYTES = 16
+
+
+class ChainLink(NamedTuple):
+    """A block's hash and that of the block before it."""
+
+    hash: bytes
+    parent: bytes  # empty: the block is the first of its chain
 
 
 class Compatibility(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@
     ├── Draining            a worker is about to stop and sends its work elsewhere
     ├── RoleChanged         a worker no longer does this kind of work
     ├── StoreUnavailable    Redis does not answer; index and membership are blind for now
+    │   └── StoreFull       Redis answers, but has no memory for more
     ├── PullerLost          the decode side of a KV transfer never came
     ├── KvSourceLost        the prefill side of a KV transfer died or refused
     ├── KvLinkLost          the connection to the prefill side broke in a KV transfer
@@ -75,6 +76,10 @@ class RoleChanged(DiptychError):
 
 
 class StoreUnavailable(DiptychError):
+    pass
+
+
+class StoreFull(StoreUnavailable):
     pass
 
 
@@ -153,6 +158,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     Draining: Facts(503, "UNAVAILABLE", True, "draining"),
     RoleChanged: Facts(503, "UNAVAILABLE", True, "role_changed"),
     StoreUnavailable: Facts(503, "UNAVAILABLE", True, "store_unavailable"),
+    StoreFull: Facts(503, "UNAVAILABLE", True, "store_full"),
     PullerLost: Facts(503, "ABORTED", True, "puller_lost"),
     KvSourceLost: Facts(503, "ABORTED", True, "kv_source_lost"),
     KvLinkLost: Facts(503, "ABORTED", True, "kv_link_lost"),

@@ -19,6 +19,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, MutableSequence, Sequence
 from typing import TypeAlias
 
+from services.core.block_hash import ChainLink
+
 Generations: TypeAlias = MutableSequence[int] | memoryview
 
 
@@ -34,7 +36,7 @@ class BlockPool:
         self._hash_of: list[bytes | None] = [None] * blocks
         self._by_hash: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._stored: list[bytes] = []
+        self._stored: dict[bytes, ChainLink] = {}
         self._evicted: list[bytes] = []
 
     @property
@@ -90,20 +92,21 @@ class BlockPool:
             if self._references[block] == 0:
                 self._park(block)
 
-    def seal(self, block: int, block_hash: bytes) -> None:
-        """Give a full block, whose KV is proven, its identity: from now on it can be matched."""
+    def seal(self, block: int, block_hash: bytes, parent: bytes = b"") -> None:
+        """Give a full block, whose KV is proven, its identity: from now on it can be matched. `parent` is
+        the hash of the block before it, if there is one."""
         assert self._references[block] > 0, f"block {block} sealed without an owner"
         if block_hash in self._by_hash or self._hash_of[block] is not None:
             return
         self._by_hash[block_hash] = block
         self._hash_of[block] = block_hash
-        self._stored.append(block_hash)
+        self._stored[block_hash] = ChainLink(block_hash, parent)
 
-    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """The hashes stored and evicted since the last call; one that was both, in its last state."""
+    def take_changes(self) -> tuple[list[ChainLink], list[bytes]]:
+        """What was stored and evicted since the last call; what was both, in its last state."""
         gone = [value for value in dict.fromkeys(self._evicted) if value not in self._by_hash]
-        new = [value for value in dict.fromkeys(self._stored) if value in self._by_hash]
-        self._stored, self._evicted = [], []
+        new = [link for link in self._stored.values() if link.hash in self._by_hash]
+        self._stored, self._evicted = {}, []
         return new, gone
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:

@@ -27,7 +27,7 @@ from typing import Literal
 import msgspec
 
 from router.step_model import StepModel
-from services.core.block_hash import Compatibility
+from services.core.block_hash import ChainLink, Compatibility
 from services.core.sampling import FinishReason, SamplingParams
 from services.model.pool_geometry import PoolGeometry
 
@@ -185,8 +185,8 @@ class Report(msgspec.Struct, frozen=True):
     tokens: list[Token] = []
     revoked: list[Revoked] = []
     dropped: list[str] = []
-    stored: list[bytes] = []  # block hashes that became reusable
-    evicted: list[bytes] = []  # and those that no longer are
+    stored: list[ChainLink] = []  # blocks that became reusable
+    evicted: list[bytes] = []  # hashes of those that no longer are
     gauges: Gauges = Gauges()
     step: Step | None = None
     silence_s: float = 0.0  # the engine will say nothing for about so long: a long step follows

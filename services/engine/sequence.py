@@ -125,7 +125,7 @@ class Sequence:
         if full > self._sealed:
             hashes = self.hashes(pool.block_size)
             for index in range(self._sealed, full):
-                pool.seal(self.blocks[index], hashes[index])
+                pool.seal(self.blocks[index], hashes[index], hashes[index - 1] if index else b"")
             self._sealed = full
 
     def adopt(self, matched: Ids[int], block_size: int) -> None:

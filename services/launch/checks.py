@@ -17,7 +17,7 @@ from services.core.errors import ConfigError, DiptychError, ModelFileError, Stor
 from services.launch.cluster import claim_port
 from services.model.files import open_model
 from services.model.pull import DEFAULT_MODEL, default_model_path
-from services.store.connection import StoreConnection
+from services.store.connection import Call, Script, StoreConnection
 from services.store.embedded import EmbeddedValkey
 
 # ok, or something that only some need is missing, or nothing can be served like this
@@ -105,13 +105,13 @@ def _found_redis(check: str, url: str) -> Finding:
 async def _redis_version(url: str) -> str:
     store = StoreConnection(url, timeout_s=3.0)
     try:
-        async with store.call() as redis:
-            info = await redis.info("server")
-            await redis.eval("return 1", 0)  # the index looks up with a script
+        version = await store.version()
+        # All that index and membership do is scripts; such flags are known since Redis 7.
+        await store.run(Call(Script("#!lua flags=allow-oom\nreturn 1"), []))
+        kind = "a cluster, " if await store.is_cluster() else ""
     finally:
         await store.close()
-    version = info.get("valkey_version") or info["redis_version"]
-    return f"{info.get('server_name', 'redis')} {version} answers and runs scripts"
+    return f"{version} ({kind}answers and runs scripts)"
 
 
 def check_model(chosen: str) -> Finding:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from redis import Redis
@@ -24,13 +25,16 @@ FREE_PORT_TRIES = 3
 
 
 class EmbeddedValkey:
-    """At most one server process; may be started again after stop() or after it was killed.
+    """At most one server process; may be started again after stop() or after it was killed. `binary`: another
+    server of the same kind; `flags`: more of its command line.
 
     On Linux the server dies with the thread that called start(): call it from one that lives as
     long as the server is needed, such as the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, binary: Path | None = None, flags: Sequence[str] = ()) -> None:
+        self._binary = binary
+        self._more_flags = flags
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._port = 0
@@ -57,9 +61,9 @@ class EmbeddedValkey:
         server does not come up; its last words are in the message.
         """
         self.stop()
-        binary = _server_binary()
+        binary = self._binary or _server_binary()
         # Between finding a port free and the server's bind another process may take it: try others.
-        candidates = [port] if port else [_free_port() for _ in range(FREE_PORT_TRIES)]
+        candidates = [port] if port else [free_port() for _ in range(FREE_PORT_TRIES)]
         for candidate in candidates:
             try:
                 self._start_on(binary, candidate)
@@ -90,9 +94,10 @@ class EmbeddedValkey:
         self._port = port
         self._folder = tempfile.TemporaryDirectory(prefix="diptych-valkey-")
         log = Path(self._folder.name) / "valkey.log"
+        command = [str(binary), *_flags(port, self._folder.name), *self._more_flags]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                dying_with_parent([str(binary), *_flags(port, self._folder.name)], signal.SIGKILL),
+                dying_with_parent(command, signal.SIGKILL),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -127,7 +132,7 @@ def _flags(port: int, folder: str) -> list[str]:
     ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -36,6 +36,13 @@ class WorkerConfig:
     block_size: int = field(default=16, metadata={"help": "tokens in a KV block"})
     kv_gib: float = field(default=1.0, metadata={"help": "memory for the KV pool, in GiB"})
     blocks: int = field(default=0, metadata={"help": "KV blocks in the pool (0: as many as --kv-gib holds)"})
+    index_blocks_max: int = field(
+        default=250_000,
+        metadata={
+            "help": "cached blocks that the cluster is told of; each takes about 70 bytes in Redis",
+            "range": (0, 100_000_000),
+        },
+    )
     sequences_max: int = field(default=64, metadata={"help": "sequences that hold blocks at the same time"})
     waiting_max: int = field(
         default=64, metadata={"help": "sequences that may wait for blocks; more are refused"}

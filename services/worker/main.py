@@ -79,7 +79,7 @@ class Worker:
         sequences_max = config.sequences_max + config.waiting_max
         self._engine = surroundings.new_engine(sequences_max, self._on_report, clock)
         self._index, self._membership = surroundings.index, surroundings.membership
-        self._publisher = IndexPublisher(self._index, self._incarnation, clock)
+        self._publisher = IndexPublisher(self._index, self._incarnation, clock, config.index_blocks_max)
         self._announcer = Announcer(self._membership, self._report, clock)
 
     @property

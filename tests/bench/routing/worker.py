@@ -7,7 +7,7 @@ send(command) -> [turn: commands, report, step, report] -> events to the listene
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.core.block_hash import Compatibility
 from services.core.worker_report import Role, WorkerKey, WorkerReport
@@ -30,6 +30,8 @@ from services.engine.runner import Row
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.worker.config import WorkerConfig
+from services.worker.indexed_chains import IndexedChains
+from services.worker.publisher import BATCH_BLOCKS_MAX
 from tests.bench.routing.step_table import Noise, StepTable, rows_ms
 from tests.bench.routing.timeline import Timeline, immediate
 
@@ -103,20 +105,6 @@ class Store:
     membership: MemoryMembership
 
 
-@dataclass(slots=True)
-class _Unpublished:
-    stored: dict[bytes, None] = field(default_factory=dict)
-    evicted: dict[bytes, None] = field(default_factory=dict)
-
-    def record(self, stored: Sequence[bytes], evicted: Sequence[bytes]) -> None:
-        for block_hash in stored:
-            self.evicted.pop(block_hash, None)
-            self.stored[block_hash] = None
-        for block_hash in evicted:
-            self.stored.pop(block_hash, None)
-            self.evicted[block_hash] = None
-
-
 class Worker:
     def __init__(
         self,
@@ -147,13 +135,14 @@ class Worker:
         self._listeners: dict[str, Listener] = {}
         self._inbox: list[Command] = []
         self._busy = False
-        self._unpublished = _Unpublished()
+        self._chains = IndexedChains(WorkerConfig().index_blocks_max)
         self._publishing = False
         self._beat = 0
 
     def start(self, phase_s: float) -> None:
         """Report now and from then on; `phase_s` keeps workers from doing so all at once."""
         immediate(self._store.membership.announce(self._report()))
+        immediate(self._store.index.begin(self.key))
         self._timeline.after(phase_s, self._announce)
 
     def submit(self, submit: Submit | Lend, listener: Listener) -> None:
@@ -225,15 +214,15 @@ class Worker:
     # What others hear
 
     def _publish_later(self, report: Report) -> None:
-        self._unpublished.record(report.stored, report.evicted)
-        if (report.stored or report.evicted) and not self._publishing:
+        self._chains.record(report.stored, report.evicted)
+        if self._chains.changed and not self._publishing:
             self._publishing = True
             self._timeline.after(INDEX_BATCH_S, self._publish)
 
     def _publish(self) -> None:
-        changes, self._unpublished = self._unpublished, _Unpublished()
         self._publishing = False
-        immediate(self._store.index.publish(self.key, list(changes.stored), list(changes.evicted)))
+        while self._chains.changed:
+            immediate(self._store.index.publish(self.key, *self._chains.take_changes(BATCH_BLOCKS_MAX)))
 
     def _announce(self) -> None:
         report = self._report()

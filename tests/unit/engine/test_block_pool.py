@@ -126,8 +126,8 @@ def test_random_use_never_loses_or_shares_a_block_wrongly(seed: int) -> None:
         elif tables:
             pool.release(tables.pop(rng.randrange(len(tables))))
         stored, evicted = pool.take_changes()
-        assert not set(stored) & set(evicted)
-        resident = resident - set(evicted) | set(stored)
+        assert not {link.hash for link in stored} & set(evicted)
+        resident = resident - set(evicted) | {link.hash for link in stored}
         pool.check_integrity(tables)
     assert resident == {
         block_hash for first in range(5) for block_hash in hashes(8, 100 * first) if pool.match([block_hash])

@@ -252,6 +252,7 @@ class TestLocate:
         for worker, blocks in ((D1, 2), (D2, 1), (d3, 7)):
             root = chain_root(worker.compatibility, "salt")
             hashes = chain_hashes(tokens, worker.compatibility.block_size, root)
+            await world.index.begin(worker.key)
             await world.index.publish(worker.key, hashes[:blocks], [])
         assert await world.view.locate(tokens, "salt") == ({"d1": 32, "d2": 16, "d3": 28}, {})
         assert set((await world.view.locate(tokens, "other tenant")).cached.values()) == {0}
@@ -266,6 +267,7 @@ class TestLocate:
         monkeypatch.setattr(cluster_view, "chain_hashes", counting)
         await world.announce(D1, D2)
         tokens = list(range(40))
+        await world.index.begin(D1.key)
         await world.index.publish(D1.key, chain_hashes(tokens, 16, chain_root(D1.compatibility, "salt")), [])
         for _ in range(3):
             assert await world.view.locate(list(tokens), "salt") == ({"d1": 32, "d2": 0}, {})
@@ -306,8 +308,10 @@ class TestLocate:
         hashes = chain_hashes(tokens, 16, chain_root(D1.compatibility, ""))
         with world.view.expecting(None, D1, tokens[:32], ""):
             assert await world.view.locate(tokens, "") == ({"d1": 0}, {"d1": 32})
+            await world.index.begin(D1.key)
             await world.index.publish(D1.key, hashes[:1], [])
             assert await world.view.locate(tokens, "") == ({"d1": 16}, {"d1": 32})
+            await world.index.begin(D1.key)
             await world.index.publish(D1.key, hashes[:3], [])
             assert await world.view.locate(tokens, "") == ({"d1": 48}, {})
 
@@ -343,6 +347,7 @@ class TestLocate:
         world.membership.available = True
         await world.announce(D1, D2)
         hashes = chain_hashes(tokens, 16, chain_root(D2.compatibility, ""))
+        await world.index.begin(D2.key)
         await world.index.publish(D2.key, hashes[:2], [])
         assert await world.view.locate(tokens, "") == ({"d1": 64, "d2": 32}, {})
         world.clock.advance(REPUBLISH_S)

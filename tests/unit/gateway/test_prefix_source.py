@@ -56,6 +56,7 @@ class Cluster:
     async def attempt(self, cached: int, excluded=()) -> Routed:
         compatibility = self.reports["warm"].compatibility
         hashes = chain_hashes(PROMPT[:cached], compatibility.block_size, chain_root(compatibility))
+        await self._index.begin(self.reports["warm"].key)
         await self._index.publish(self.reports["warm"].key, hashes, [])
         for worker in self.reports.values():
             await self._membership.announce(worker)

@@ -79,6 +79,7 @@ async def warm(cluster: InMemoryCluster, tenant: Tenant, worker_id: str) -> None
     """The worker has the prompt in its cache for that tenant."""
     worker = cluster.gateway.view.report(worker_id)
     root = chain_root(worker.compatibility, tenant.salt("", cluster.gateway.config.cache_sharing))
+    await cluster.index.begin(worker.key)
     await cluster.index.publish(worker.key, chain_hashes(PROMPT, worker.compatibility.block_size, root), [])
 
 

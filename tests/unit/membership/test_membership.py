@@ -2,15 +2,16 @@
 
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
-import redis.asyncio
 
 from services.core.clock import ManualClock
 from services.core.worker_report import WorkerKey
 from services.membership.memory_membership import MemoryMembership
 from services.membership.protocol import Membership
 from services.membership.redis_membership import RedisMembership
+from tests.support.redis_servers import KINDS, client_of
 
 TTL_S = 20.0
 
@@ -26,27 +27,27 @@ class MemoryStore:
 
 @dataclass
 class RedisStore:
-    redis: redis.asyncio.Redis
+    redis: Any
     namespace: str
     membership: RedisMembership
 
     async def pass_time(self, seconds):
         """Redis has no clock to advance, so every lease is shortened instead."""
-        async for key in self.redis.scan_iter(f"{self.namespace}:member:*"):
+        async for key in self.redis.scan_iter(f"{{{self.namespace}:members}}:*"):
             left_ms = await self.redis.pttl(key)
             assert left_ms >= 0, "every report has a TTL"
             await self.redis.pexpire(key, max(0, left_ms - round(seconds * 1000)))
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def store(request):
+@pytest.fixture(params=["memory", *KINDS])
+async def store(request, redis_url):
     if request.param == "memory":
         clock = ManualClock()
         yield MemoryStore(clock, MemoryMembership(clock, ttl_s=TTL_S))
         return
-    url, namespace = request.getfixturevalue("valkey_url"), uuid.uuid4().hex
+    url, namespace = redis_url(request.param), uuid.uuid4().hex
     membership = RedisMembership(url, ttl_s=TTL_S, timeout_s=10.0, namespace=namespace)
-    async with redis.asyncio.Redis.from_url(url) as client:
+    async with client_of(url, request.param) as client:
         yield RedisStore(client, namespace, membership)
     await membership.close()
 

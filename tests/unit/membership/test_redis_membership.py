@@ -42,7 +42,7 @@ async def test_an_unreadable_report_is_skipped_with_one_line_until_it_is_readabl
     for written in ('{"worker_id": "new", "address": ["of", "a", "newer", "kind"]}', "not JSON"):
         await membership.announce(report("new"))
         assert await membership.workers() == [report("good"), report("new")]
-        await client.set(f"{NAMESPACE}:member:new", written, px=60_000)
+        await client.set(f"{{{NAMESPACE}:members}}:new", written, px=60_000)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
@@ -52,17 +52,17 @@ async def test_an_unreadable_report_is_skipped_with_one_line_until_it_is_readabl
 
 async def test_fields_of_a_newer_version_are_ignored(membership, client, report):
     await membership.announce(report("a"))
-    written = await client.get(f"{NAMESPACE}:member:a")
-    await client.set(f"{NAMESPACE}:member:a", '{"colour": "blue", ' + written[1:], px=60_000)
+    written = await client.get(f"{{{NAMESPACE}:members}}:a")
+    await client.set(f"{{{NAMESPACE}:members}}:a", '{"colour": "blue", ' + written[1:], px=60_000)
     assert await membership.workers() == [report("a")]
 
 
 async def test_dead_ids_are_pruned(membership, client, report):
     await membership.announce(report("dead"))
     await membership.announce(report("alive"))
-    await client.delete(f"{NAMESPACE}:member:dead")
+    await client.delete(f"{{{NAMESPACE}:members}}:dead")
     await membership.workers()
-    assert await client.smembers(f"{NAMESPACE}:members") == {"alive"}
+    assert await client.smembers(f"{{{NAMESPACE}:members}}") == {"alive"}
 
 
 async def test_leaving_races_with_a_new_incarnation_and_never_removes_it(membership, report):

@@ -25,7 +25,7 @@ async def connect():
 
 
 async def ping(connection):
-    async with connection.call() as redis:
+    async with connection.client() as redis:
         return await redis.ping()
 
 
@@ -52,14 +52,14 @@ async def test_a_server_that_restarted_between_two_calls_is_not_noticed(connect)
 async def test_a_suspended_server_is_unavailable_and_its_late_answers_confuse_nobody(connect):
     with EmbeddedValkey() as valkey:
         connection = connect(valkey.url, timeout_s=0.5)
-        async with connection.call() as redis:
+        async with connection.client() as redis:
             await redis.set("key", "value")
         os.kill(valkey.pid, signal.SIGSTOP)
         with pytest.raises(StoreUnavailable):
             await ping(connection)
         os.kill(valkey.pid, signal.SIGCONT)
         assert await ping(connect(valkey.url))  # it is awake
-        async with connection.call() as redis:
+        async with connection.client() as redis:
             assert await redis.get("key") == b"value"
 
 
@@ -71,7 +71,7 @@ async def test_more_calls_than_connections_wait_their_turn(connect, valkey_url):
 async def test_an_error_answer_is_the_same_error(connect, valkey_url):
     connection = connect(valkey_url)
     with pytest.raises(StoreUnavailable, match="unknown command"):
-        async with connection.call() as redis:
+        async with connection.client() as redis:
             await redis.execute_command("NOSUCH")
 
 
