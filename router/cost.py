@@ -3,8 +3,8 @@
 With n prompt tokens, c(w) of them cached on w, e(w) >= c(w) that will be once w has computed what waits
 there, f(w) more that w fetches from another worker, and u(w) = max(1, n - e(w) - f(w)) to compute:
 
-    queue(w)     = token * queued tokens(w) + token_context * queued context(w)
-    prefill(w)   = step + token * u(w) + token_context * context of u(w)
+    queue(w)     = step * steps + token * queued tokens(w) + token_context * queued context(w)
+    prefill(w)   = step * steps + token * u(w) + token_context * context of u(w)
     fetch(w)     = fixed + f(w) * transfer ms per token, or 0 without a fetch
     transfer(D)  = fixed + (n - c(D)) * transfer ms per token
     decode(D)    = step + sequence * sequences(D) + context * context(D), with this request's choices
@@ -127,11 +127,13 @@ class CostModel:
         return Fetch(source.id, tokens, ms) if worth_it else None
 
     def _queue_ms(self, worker: WorkerView) -> float:
-        return self._model(worker).tokens_ms(worker.queued_prefill_tokens, worker.queued_prefill_context)
+        tokens, context = worker.queued_prefill_tokens, worker.queued_prefill_context
+        return self._model(worker).queue_ms(tokens, context, worker.chunk_tokens)
 
     def _prefill_ms(self, worker: WorkerView, fetch: Fetch | None) -> float:
         tokens = self.to_compute(worker, fetch)
-        return self._model(worker).prefill_ms(tokens, self.request.prompt_tokens - tokens)
+        start = self.request.prompt_tokens - tokens
+        return self._model(worker).prefill_ms(tokens, start, worker.chunk_tokens)
 
     def _decode_ms(self, worker: WorkerView) -> float:
         """A step that decodes all who are here, in blocks or waiting for them, and this request."""

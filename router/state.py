@@ -35,6 +35,7 @@ class WorkerView:
     waiting: int = 0  # sequences without blocks yet
     blocks_available: int = 0  # free, or cached and evictable
     block_size: int = 16  # tokens
+    chunk_tokens: int = 0  # prompt tokens that one step computes at most; 0: not known
     model: StepModel | None = None  # of its steps; None: nothing was measured yet
 
 

@@ -60,9 +60,16 @@ class StepModel:
         """What prompt tokens add to the steps that compute them."""
         return self.token * tokens + self.token_context * token_context
 
-    def prefill_ms(self, tokens: int, start: int = 0) -> float:
-        """A step that computes only `tokens` prompt tokens, with `start` tokens before the first."""
-        return self.step + self.tokens_ms(tokens, context_of(tokens, start))
+    def queue_ms(self, tokens: int, token_context: int, chunk_tokens: int) -> float:
+        """Many prompts' tokens, computed by one full step of `chunk_tokens` tokens after another (0: as
+        many as there are). Where all steps are full, a fit cannot tell a step's time from its tokens'."""
+        steps = tokens / chunk_tokens if chunk_tokens else float(tokens > 0)
+        return self.step * steps + self.tokens_ms(tokens, token_context)
+
+    def prefill_ms(self, tokens: int, start: int = 0, chunk_tokens: int = 0) -> float:
+        """One prompt's `tokens` tokens, with `start` tokens before the first, in steps of `chunk_tokens`."""
+        steps = -(-tokens // chunk_tokens) if chunk_tokens else 1
+        return self.step * steps + self.tokens_ms(tokens, context_of(tokens, start))
 
     def decode_ms(self, sequences: int, context: int) -> float:
         """A step in which `sequences` sequences of together `context` tokens only decode."""

@@ -1,14 +1,15 @@
 """How long this worker's steps take: the step model fitted online, what scheduler and router plan with.
 
-Samples are kept, the newest 64 steps that computed prompt tokens and the newest 64 that only decoded, so
-that hours of one kind do not make the other forgotten; adding one is a line in a table. From time to
-time a fit goes over both tables: weighted least squares of the *relative* error, none of the
-coefficients negative. A sample's weight halves with each 20 newer ones of its kind, so a machine that
-becomes slower is known after some tens of steps, and it falls with the square of its residual (Cauchy's
-weights, by iteratively reweighted least squares), so one step in which the process was stopped makes no
-slow worker.
+Samples are kept by the size of their step, the newest 16 of each power of two of prompt tokens and, for steps
+that only decode, of sequences: hours of full chunks, or of one batch size, do not make the others forgotten,
+and where all sizes are remembered a step's fixed time can be told from its tokens'. Adding a sample is a line
+in a table. From time to time a fit goes over the tables: weighted least squares of the *relative* error, none
+of the coefficients negative. A sample's weight halves with each 8 newer ones of its size, so a machine that
+becomes slower is known after some tens of steps, and with 512 newer ones of any size. It falls with the
+square of its residual (Cauchy's weights, by iteratively reweighted least squares), so one step in which the
+process was stopped makes no slow worker.
 
-Where the samples do not tell (a worker that has only seen one batch size cannot know which part of a
+Where the samples do not tell (a worker that has only ever seen one batch size cannot know which part of a
 step grows with the batch), a small ridge decides: towards the previous fit, so what was learned once
 stays; at first towards equal shares of all that may have taken the time.
 """
@@ -20,9 +21,10 @@ from router.step_model import StepModel, StepWork
 
 Array = npt.NDArray[np.float64]
 
-_SAMPLES = 64  # of each kind
-_HALF_LIFE = 20  # in samples of its kind
-_FIT_EVERY = 16  # samples; a fit takes about 0.2 ms, a step at least some
+_SAMPLES = 16  # of each size
+_HALF_LIFE = 8  # in samples of its size
+_HALF_LIFE_ALL = 512  # in samples of all sizes
+_FIT_EVERY = 16  # samples; a fit takes about 0.3 ms, a step at least some
 _REWEIGHTINGS = 3
 _TYPICAL_RESIDUAL = 1.0  # half the weight for a step that took twice as long as expected
 _RIDGE = 0.01  # as a share of what the samples say of the same coefficient
@@ -31,30 +33,33 @@ _LEAST = 1e-6  # ms: a coefficient of a kind that was measured; zero would say t
 
 class StepTimes:
     def __init__(self) -> None:
-        self._prefilling, self._decoding = _Samples(), _Samples()
-        self._decoded = False  # in a step of either kind
-        self._unfitted = 0  # samples since the last fit
+        self._sizes: dict[int, _Samples] = {}
+        self._count = 0
+        self._prefilled = self._decoded = False  # in any step
+        self._fit_at = 1  # when so many samples are here
         self._coefficients = np.zeros(5)
 
     def add(self, step_ms: float, work: StepWork) -> None:
         """A step's duration."""
-        samples = self._prefilling if work.tokens else self._decoding
-        samples.add(step_ms, work)
+        size = work.tokens.bit_length() or -work.sequences.bit_length()
+        samples = self._sizes.setdefault(size, _Samples())
+        samples.add(step_ms, work, self._count)
+        self._prefilled = self._prefilled or work.tokens > 0
         self._decoded = self._decoded or work.sequences > 0
-        self._unfitted += 1
+        self._count += 1
 
     @property
     def model(self) -> StepModel | None:
         """None before the first step."""
-        count = self._prefilling.count + self._decoding.count
-        if count == 0:
+        if self._count == 0:
             return None
-        if self._unfitted >= min(_FIT_EVERY, 1 + count // 4):
+        if self._count >= self._fit_at:
             self._fit()
+            self._fit_at = self._count + min(_FIT_EVERY, 1 + self._count // 4)
         step, token, token_context, sequence, context = map(float, self._coefficients)
         return StepModel(
             step=step,
-            token=max(token, _LEAST) if self._prefilling.count else 0.0,
+            token=max(token, _LEAST) if self._prefilled else 0.0,
             token_context=token_context,
             sequence=max(sequence, _LEAST) if self._decoded else 0.0,
             context=context,
@@ -62,28 +67,26 @@ class StepTimes:
 
     def expected_ms(self, work: StepWork) -> float | None:
         """How long a step will take. None: nothing like it was measured yet."""
-        if (work.tokens and not self._prefilling.count) or (work.sequences and not self._decoded):
+        if (work.tokens and not self._prefilled) or (work.sequences and not self._decoded):
             return None
         model = self.model
         return model.step_ms(work) if model else None
 
     def _fit(self) -> None:
-        kinds = (self._prefilling, self._decoding)
-        rows = np.concatenate([kind.rows[: kind.count] for kind in kinds])
-        freshness = np.concatenate([kind.freshness() for kind in kinds])
+        rows = np.concatenate([samples.rows[: samples.count] for samples in self._sizes.values()])
+        freshness = np.concatenate([samples.freshness(self._count) for samples in self._sizes.values()])
         self._coefficients = fitted(rows[:, :5], rows[:, 5], freshness, self._coefficients)
-        self._unfitted = 0
 
 
 class _Samples:
-    """The newest steps of one kind: a ring of rows (1, T, X, S, C, milliseconds)."""
+    """The newest steps of one size: a ring of rows (1, T, X, S, C, milliseconds, number)."""
 
     def __init__(self) -> None:
-        self.rows = np.zeros((_SAMPLES, 6))
+        self.rows = np.zeros((_SAMPLES, 7))
         self.count = 0
         self._next = 0
 
-    def add(self, step_ms: float, work: StepWork) -> None:
+    def add(self, step_ms: float, work: StepWork, number: int) -> None:
         self.rows[self._next] = (
             1.0,
             work.tokens,
@@ -91,14 +94,16 @@ class _Samples:
             work.sequences,
             work.context,
             max(step_ms, _LEAST),
+            number,
         )
         self._next = (self._next + 1) % _SAMPLES
         self.count = min(self.count + 1, _SAMPLES)
 
-    def freshness(self) -> Array:
-        """The weight of each row by its age: 1 for the newest."""
+    def freshness(self, now: int) -> Array:
+        """The weight of each row by its age: 1 for the newest of all."""
         ages = (self._next - 1 - np.arange(self.count)) % _SAMPLES
-        return np.asarray(0.5 ** (ages / _HALF_LIFE))
+        ages_all = now - self.rows[: self.count, 6]
+        return np.asarray(0.5 ** (ages / _HALF_LIFE + ages_all / _HALF_LIFE_ALL))
 
 
 def fitted(work: Array, ms: Array, freshness: Array, previous: Array) -> Array:

@@ -192,6 +192,7 @@ class ClusterView:
             waiting=report.waiting,
             blocks_available=report.blocks_free + report.blocks_cached,
             block_size=report.compatibility.block_size,
+            chunk_tokens=report.chunk_tokens_max,
             model=report.model,
         )
 

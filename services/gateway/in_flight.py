@@ -143,10 +143,11 @@ def _worked_off(view: WorkerView, age_s: float) -> WorkerView:
     decodes as well is not foreseen: its prompts get what decoding leaves."""
     if view.model is None or not view.queued_prefill_tokens or view.running_context:
         return view
-    queue_ms = view.model.tokens_ms(view.queued_prefill_tokens, view.queued_prefill_context)
+    tokens, context = view.queued_prefill_tokens, view.queued_prefill_context
+    queue_ms = view.model.queue_ms(tokens, context, view.chunk_tokens)
     left = max(0.0, 1.0 - age_s * 1e3 / queue_ms) if queue_ms > 0 else 1.0
     return replace(
         view,
-        queued_prefill_tokens=round(view.queued_prefill_tokens * left),
-        queued_prefill_context=round(view.queued_prefill_context * left),
+        queued_prefill_tokens=round(tokens * left),
+        queued_prefill_context=round(context * left),
     )

@@ -106,6 +106,16 @@ def test_what_was_learned_once_survives_hours_of_other_steps():
     assert statistics.mean(errors(times, CPU, rng, [prefill])) < 0.1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_worker_that_is_always_busy_knows_how_long_its_queue_takes(seed):
+    """All its steps are full: what is a step's and what its tokens' time the samples cannot tell."""
+    times, rng = StepTimes(), random.Random(seed)
+    run(times, CPU, rng, [lambda rng: StepWork(128, context_of(128, rng.randrange(900)))], 2_000)
+    queue = (1_280, context_of(1_280, 0))
+    expected_ms = times.model.queue_ms(*queue, chunk_tokens=128)
+    assert expected_ms == pytest.approx(CPU.queue_ms(*queue, chunk_tokens=128), rel=0.1)
+
+
 def test_a_machine_that_becomes_slower_is_known_after_some_tens_of_steps():
     times, rng = StepTimes(), random.Random(0)
     run(times, CPU, rng, [prefill, decode], 200)

@@ -56,7 +56,7 @@ def test_each_part_sums_the_documented_terms():
     load = {"queued_prefill_tokens": 50, "queued_prefill_context": 600, "running_context": 900}
     worker = replace(IDLE, running=3, waiting=2, **load)
     costs = model(worker, cached=60, transfer_ms=1.0, transfer_ms_per_token=0.5)
-    queue = 50 * 2 + 600 * 0.01
+    queue = 10 + 50 * 2 + 600 * 0.01
     prefill = 10 + 40 * 2 + sum(range(60, 100)) * 0.01
     decode = 10 + (3 + 2 + 1) * 1 + (900 + 100) * 0.001
     assert costs.prefill(worker).cost_ms == pytest.approx(queue + prefill)

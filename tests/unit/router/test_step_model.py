@@ -27,6 +27,9 @@ def test_a_step_takes_the_sum_of_what_it_computes():
     assert MODEL.step_ms(StepWork()) == 10.0
     assert MODEL.step_ms(StepWork(100, 5_000, 3, 900)) == pytest.approx(10 + 100 + 50 + 6 + 0.9)
     assert MODEL.prefill_ms(3, start=7) == MODEL.step_ms(StepWork(3, 7 + 8 + 9))
+    assert MODEL.prefill_ms(100, 0, chunk_tokens=40) == pytest.approx(3 * 10 + 100 + 49.5)
+    assert MODEL.queue_ms(100, 5_000, chunk_tokens=40) == pytest.approx(2.5 * 10 + 100 + 50)
+    assert (MODEL.queue_ms(100, 5_000, 0), MODEL.queue_ms(0, 0, 0)) == (pytest.approx(160.0), 0.0)
     assert MODEL.decode_ms(3, 900) == MODEL.step_ms(StepWork(0, 0, 3, 900))
 
 
