@@ -1,27 +1,138 @@
-"""How many requests the gateway works on at the same time. More are refused before any work is done."""
+"""Who is let in. Whoever is not gets 429 before any work is done for it, and is told when to come again.
 
+Each limit has a message and a `reason` label of its own:
+
+    requests   too many requests in this gateway, running ones included: its memory
+    length     too many wait, or too many of one tenant
+    tokens     what waits would take too long to compute, or one tenant's part of it
+    decode     the answers of all that run and wait would need many times the KV that there is
+    deadline   the first token would come too late (early rejection); an idle cluster refuses nobody
+    late       it was let in, but its turn came too late (place_queue.py)
+"""
+
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
 
 from services.core.errors import Overloaded
+from services.gateway.cluster_view import ClusterView
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.place_queue import RETRY_AFTER_S_MAX, RETRY_AFTER_S_MIN, PlaceQueue
+from services.gateway.places import Places
+from services.gateway.ticket import Ticket
+
+# Predictions are off by some. Who is let in with an expected wait up to its very deadline misses it as often
+# as not, and has taken the place of somebody who would not have.
+DEADLINE_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    requests_max: int = 1024  # in the gateway
+    length_max: int = 512  # in the queue, choices counted
+    tokens_max: int = 1 << 20  # that those in the queue want computed
+    tenant_share: float = 0.5  # of both, for one tenant
+    decode_pools_max: float = 16.0  # KV of all answers, running and waiting, in pools of all decode workers
 
 
 class Admission:
-    def __init__(self, inflight_max: int, metrics: GatewayMetrics) -> None:
-        self._inflight_max = inflight_max
+    def __init__(
+        self,
+        limits: AdmissionLimits,
+        queue: PlaceQueue,
+        places: Places,
+        view: ClusterView,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._limits = limits
+        self._queue, self._places, self._view = queue, places, view
+        self._metrics = metrics
         self._inflight = 0
-        self._gauge = metrics.inflight
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Hold one of the places. Raises Overloaded when all are taken."""
-        if self._inflight >= self._inflight_max:
-            raise Overloaded("The server has as many requests as it can take. Try again in a moment.")
+        """Hold one of the gateway's places for requests. Raises Overloaded when all are taken."""
+        if self._inflight >= self._limits.requests_max:
+            message = "The server has as many requests as it can take."
+            self._refuse("requests", message, RETRY_AFTER_S_MIN)
         self._inflight += 1
-        self._gauge.set(self._inflight)
+        self._metrics.inflight.set(self._inflight)
         try:
             yield
         finally:
             self._inflight -= 1
-            self._gauge.set(self._inflight)
+            self._metrics.inflight.set(self._inflight)
+
+    async def admit(self, ticket: Ticket) -> None:
+        """Put it in the queue, which may give it a place at once. Raises Overloaded."""
+        await self._queue.locate(ticket)
+        expected_ms = self._estimate(ticket)
+        if len(self._queue):
+            self._check_length(ticket)
+            self._check_tokens(ticket)
+            self._check_decode(ticket)
+        self._check_deadline(ticket, expected_ms)
+        self._queue.enter(ticket)
+
+    def _estimate(self, ticket: Ticket) -> float | None:
+        """Fill in its cost. The expected milliseconds from its turn to the first token, as long as they are
+        for a worker that has something to do already; None for one that stands idle, or if there is none."""
+        sequence = ticket.sequence
+        answers = len(sequence.choices) * self._places.lengths.expected(sequence.tokens_left)
+        ideal = self._places.ideal(sequence, ticket.located)
+        if ideal is None:
+            ticket.cost = sequence.known_tokens + answers
+            return None
+        first = ideal.computes
+        ticket.cost = max(1, sequence.known_tokens - first.ready_tokens) + answers
+        ticket.service_ms = first.fetch_ms + first.prefill_ms
+        return ideal.expected_ttft_ms if first.queue_ms > 0.0 or len(self._queue) else None
+
+    def _check_length(self, ticket: Ticket) -> None:
+        most, new = self._limits.length_max, len(ticket.sequence.choices)
+        waiting, tokens = self._queue.waiting()
+        each_s = tokens / waiting / self._queue.tokens_per_s(ticket)
+        if waiting + new > most:
+            message = "Too many requests wait for this server."
+            self._refuse("length", message, (waiting + new - most) * each_s)
+        own, _ = self._queue.waiting(ticket.tenant)
+        if own + new > most * self._limits.tenant_share:
+            message = "Too many requests of this API key wait for this server."
+            self._refuse("length", message, self._queue.tenants * each_s)
+
+    def _check_tokens(self, ticket: Ticket) -> None:
+        most, rate = self._limits.tokens_max, self._queue.tokens_per_s(ticket)
+        excess = float(self._queue.waiting()[1] + ticket.cost - most)
+        if excess > 0:
+            self._refuse("tokens", "Requests of too many tokens wait for this server.", excess / rate)
+        excess = self._queue.waiting(ticket.tenant)[1] + ticket.cost - most * self._limits.tenant_share
+        if excess > 0:
+            message = "Requests of too many tokens of this API key wait for this server."
+            self._refuse("tokens", message, excess * self._queue.tenants / rate)
+
+    def _check_decode(self, ticket: Ticket) -> None:
+        decoding = [report for report in self._view.reports if report.decodes]
+        pool = sum(report.blocks_total * report.compatibility.block_size for report in decoding)
+        if not pool:
+            return
+        waiting = sum(self._places.kv_tokens(one.sequence) for one in (*self._queue, ticket))
+        excess = self._places.promised_tokens + waiting - pool * self._limits.decode_pools_max
+        if excess > 0:
+            message = "The answers that this server has promised need all its KV memory for long."
+            self._refuse("decode", message, excess / self._queue.tokens_per_s(ticket))
+
+    def _check_deadline(self, ticket: Ticket, expected_ms: float | None) -> None:
+        if expected_ms is None:
+            return
+        expected_s = self._queue.first_token_s(ticket, expected_ms)
+        allowed_s = (ticket.first_token_by - ticket.since) * DEADLINE_SHARE
+        if expected_s > allowed_s:
+            message = f"The answer would begin in about {expected_s:.1f} s, later than it may."
+            self._refuse("deadline", message, expected_s - allowed_s)
+
+    def _refuse(self, reason: str, message: str, retry_after_s: float) -> NoReturn:
+        self._metrics.rejections.labels(reason).inc()
+        seconds = math.ceil(min(max(retry_after_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX))
+        raise Overloaded(f"{message} Try again in {seconds} s.", seconds)

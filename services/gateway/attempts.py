@@ -10,7 +10,6 @@ share is found in the workers' prefix caches.
 
 import itertools
 import logging
-import random
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Many
 from contextlib import aclosing
@@ -19,10 +18,8 @@ from dataclasses import dataclass, replace
 
 from services.core.clock import Clock
 from services.core.errors import (
-    DeadlineExceeded,
     DiptychError,
     Draining,
-    NoWorker,
     Overloaded,
     RoleChanged,
     WorkerLost,
@@ -30,10 +27,10 @@ from services.core.errors import (
 )
 from services.gateway.choices import Choices
 from services.gateway.cluster_view import ClusterView
-from services.gateway.generation import AttemptFailed, Event, Excluded, Generation, Routed
+from services.gateway.generation import AttemptFailed, Event, Excluded, Generation
 from services.gateway.merge import merged
 from services.gateway.pipeline import Pipeline
-from services.gateway.waiting_line import WaitingLine
+from services.gateway.ticket import Ticket
 from services.gateway.worker_client import OutputToken, Sequence
 
 logger = logging.getLogger(__name__)
@@ -44,56 +41,41 @@ logger = logging.getLogger(__name__)
 EXCLUSION_S = 3.0
 # One that sends work away because it drains or has another role says so in its report by then.
 SENT_AWAY_S = 0.5
-PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 0.2  # between two looks for capacity
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     attempts_max: int = 4  # that fail without a token between them; a long stream may survive more faults
     attempts_total_max: int = 16  # that fail at all, so that no request goes round for ever
-    admission_timeout_s: float = 120.0  # how long to wait for room without any progress
-    no_worker_timeout_s: float = 15.0  # the same while no worker is there at all
 
 
 class Patience:
-    """Whether and when one request, or one choice of it, may try again, and which workers it avoids."""
+    """Whether one request, or one choice of it, may try again, which workers it avoids, and since when it
+    waits without any progress."""
 
-    def __init__(
-        self, policy: RetryPolicy, line: WaitingLine, deadline: float, clock: Clock, rng: random.Random
-    ) -> None:
-        self._policy, self._line, self._deadline = policy, line, deadline
-        self._clock, self._rng = clock, rng
+    def __init__(self, policy: RetryPolicy, clock: Clock) -> None:
+        self._policy, self._clock = policy, clock
         self._failures = 0  # since the last token
         self._failures_total = 0
-        self._waiting_since: float | None = None
-        self._workerless_since: float | None = None
         self._excluded_until: dict[Excluded, float] = {}
+        self._waiting_since: float | None = clock.now()
+        self.blockless_since: float | None = None
 
-    @property
     def excluded(self) -> set[Excluded]:
         now = self._clock.now()
         return {avoided for avoided, end in self._excluded_until.items() if end > now}
 
-    async def turn(self) -> None:
-        """Wait while an older request must go first. Raises Overloaded if that takes too long."""
-        while self._line.holds_back(self):
-            self._wait_for_capacity(Overloaded("Older requests wait for room. Try again in a moment."))
-            await self._line.until_moved(PAUSE_MAX_S)
-            self._check_deadline()
+    @property
+    def waiting_since(self) -> float:
+        if self._waiting_since is None:
+            self._waiting_since = self._clock.now()
+        return self._waiting_since
 
     def note(self, event: Event) -> None:
-        """Any word from a worker means that it has room: the next in the line may go. Only a token is
-        progress, after which the counts of failures and of waiting for capacity start anew."""
-        self._workerless_since = None  # even a route is one to a worker that is there
-        if not isinstance(event, Routed):
-            self._line.leave(self)
+        """Only a token is progress, after which failures and waiting are counted anew."""
         if isinstance(event, OutputToken):
-            self._waiting_since = None
+            self._waiting_since = self.blockless_since = None
             self._failures = 0
-
-    def end(self) -> None:
-        """The request is over."""
-        self._line.leave(self)
 
     def fork(self) -> "Patience":
         """For a part of the request that goes on by itself: it has failed as often as the whole."""
@@ -106,7 +88,8 @@ class Patience:
         if not facts(failed.error).retryable:
             raise failed.error
         if lacks_capacity(failed.error):
-            self._wait_for_capacity(failed.error)
+            if self.blockless_since is None:
+                self.blockless_since = self._clock.now()
             return
         self._failures_total += 1
         if not is_sent_away(failed.error):
@@ -120,44 +103,9 @@ class Patience:
             avoided_s = SENT_AWAY_S if is_sent_away(failed.error) else EXCLUSION_S
             self._excluded_until[failed.to_avoid] = self._clock.now() + avoided_s
 
-    async def pause(self, failed: AttemptFailed) -> None:
-        """Wait before looking for capacity again; after other failures there is nothing to wait for."""
-        if lacks_capacity(failed.error):
-            await self._pause()
-        self._check_deadline()
-
-    def _wait_for_capacity(self, reason: DiptychError) -> None:
-        """Raises `reason` when the request has waited without progress for as long as it may."""
-        now = self._clock.now()
-        if self._waiting_since is None:
-            self._waiting_since = now
-        if not isinstance(reason, NoWorker):
-            self._workerless_since = None
-        elif self._workerless_since is None:
-            self._workerless_since = now
-        if self.excluded:
-            self._line.leave(self)  # others must not wait for what this one does not want
-        else:
-            self._line.join(self, self._waiting_since)
-        if now - self._waiting_since >= self._policy.admission_timeout_s:
-            raise reason
-        if (
-            self._workerless_since is not None
-            and now - self._workerless_since >= self._policy.no_worker_timeout_s
-        ):
-            raise reason
-
-    async def _pause(self) -> None:
-        await self._clock.sleep(self._rng.uniform(PAUSE_MIN_S, PAUSE_MAX_S))
-        self._check_deadline()
-
-    def _check_deadline(self) -> None:
-        if self._clock.now() >= self._deadline:
-            raise DeadlineExceeded("The request waited for a worker until its time was over.")
-
 
 def lacks_capacity(error: DiptychError) -> bool:
-    return isinstance(error, Overloaded | NoWorker)
+    return isinstance(error, Overloaded)
 
 
 def is_sent_away(error: DiptychError) -> bool:
@@ -166,52 +114,56 @@ def is_sent_away(error: DiptychError) -> bool:
 
 
 class Attempts:
-    """All attempts at one request. `choices` keeps what they deliver."""
+    """All attempts at one request. `choices` keeps what they deliver, `first` is in the queue already."""
 
     def __init__(
-        self, generation: Generation, choices: Choices, pipeline: Pipeline, view: ClusterView
+        self,
+        generation: Generation,
+        choices: Choices,
+        first: Ticket,
+        pipeline: Pipeline,
+        view: ClusterView,
     ) -> None:
-        self._generation, self._choices = generation, choices
+        self._generation, self._choices, self._first = generation, choices, first
         self._pipeline, self._view = pipeline, view
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(2)
 
     def events(self, patience: Patience) -> AsyncGenerator[Event, None]:
         """The events of as many attempts as it takes; each failed one that is followed by another ends
-        with AttemptFailed. Raises the error of the last one.
+        with AttemptFailed. Raises the error of the last one, or of a wait for a place that was in vain.
         """
-        return self._events(range(len(self._choices)), patience)
+        return self._events(range(len(self._choices)), patience, self._first)
 
-    async def _events(self, served: Many[int], patience: Patience) -> AsyncGenerator[Event, None]:
-        try:
-            while len(groups := self._choices.alike(served)) == 1:
-                if not self._choices.begun:  # an answer that has begun goes on first
-                    await patience.turn()
-                failed: AttemptFailed | None = None
-                sequence = self._next_sequence(groups[0])
-                async with aclosing(self._attempt(sequence, patience)) as events:
-                    async for event in events:
-                        if isinstance(event, AttemptFailed):
-                            failed = event
-                            break
-                        patience.note(event)
-                        yield event
-                if failed is None:
-                    return
-                _note(sequence, failed, self._view)
-                patience.admit_failure(failed)
-                yield replace(failed, others_go_on=len(served) < len(self._choices))
-                await patience.pause(failed)
-        finally:
-            patience.end()
+    async def _events(
+        self, served: Many[int], patience: Patience, first: Ticket | None = None
+    ) -> AsyncGenerator[Event, None]:
+        while len(groups := self._choices.alike(served)) == 1:
+            failed: AttemptFailed | None = None
+            ticket, first = first or self._next_ticket(groups[0], patience), None
+            async with aclosing(self._pipeline.attempt(ticket)) as events:
+                async for event in events:
+                    if isinstance(event, AttemptFailed):
+                        failed = event
+                        break
+                    patience.note(event)
+                    yield event
+            if failed is None:
+                return
+            _note(ticket.sequence, failed, self._view)
+            patience.admit_failure(failed)
+            yield replace(failed, others_go_on=len(served) < len(self._choices))
         async with aclosing(merged(self._events(group, patience.fork()) for group in groups)) as together:
             async for event in together:
                 yield event
 
-    def _next_sequence(self, choices: tuple[int, ...]) -> Sequence:
-        return self._generation.sequence(next(self._numbers), choices, self._choices.delivered[choices[0]])
-
-    def _attempt(self, sequence: Sequence, patience: Patience) -> AsyncGenerator[Event, None]:
-        return self._pipeline.attempt(sequence, self._choices, patience.excluded, self._generation.deadline)
+    def _next_ticket(self, choices: tuple[int, ...], patience: Patience) -> Ticket:
+        delivered = self._choices.delivered[choices[0]]
+        return replace(
+            self._first.again(self._generation.sequence(next(self._numbers), choices, delivered)),
+            since=patience.waiting_since,
+            blockless_since=patience.blockless_since,
+            avoided=patience.excluded,
+        )
 
 
 def _note(sequence: Sequence, failed: AttemptFailed, view: ClusterView) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -84,6 +84,7 @@ class ClusterView:
         self._chain_hashes = lru_cache(CHAINS_KEPT)(_chain_hashes)
         self._republished_at = -math.inf  # until then the index may lack what workers hold
         self.in_flight = InFlight(clock)
+        self.on_refresh: Callable[[], None] = lambda: None  # after every fresh snapshot
         self.expected_cache = ExpectedCache(clock)
 
     async def follow(self, every_s: float) -> None:
@@ -105,6 +106,7 @@ class ClusterView:
             self.in_flight.lost(worker_id)
             logger.warning("worker left the cluster", extra={"worker_id": worker_id})
         self._suspected_at = {key: at for key, at in self._suspected_at.items() if now - at < SUSPICION_S}
+        self.on_refresh()
         await self._workers.keep_only(self._reports.values())
 
     def _take(self, report: WorkerReport, now: float) -> None:

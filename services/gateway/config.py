@@ -38,13 +38,59 @@ class GatewayConfig:
         },
     )
     inflight_max: int = field(
-        default=256, metadata={"help": "requests in this gateway at the same time; more get 429"}
+        default=1024,
+        metadata={
+            "help": "requests in this gateway at the same time, those that wait included; more get 429"
+        },
+    )
+    queue_length_max: int = field(
+        default=512, metadata={"help": "answers that may wait for a worker; more requests get 429"}
+    )
+    queue_tokens_max: int = field(
+        default=1 << 20,
+        metadata={
+            "help": "tokens that those who wait want computed, expected answers included; more get 429"
+        },
+    )
+    queue_tenant_share: float = field(
+        default=0.5, metadata={"help": "of both, the most for one API key (or for all without one)"}
+    )
+    queue_decode_pools_max: float = field(
+        default=16.0,
+        metadata={
+            "help": "KV that all answers will need, running and waiting, in multiples of what the decode "
+            "workers hold; more get 429"
+        },
+    )
+    ttft_max_s: float = field(
+        default=120.0,
+        metadata={
+            "help": "a request whose first token would come later gets 429; a request may ask for another "
+            "time (ttft_max_s in its body)"
+        },
+    )
+    worker_queue_ms_max: float = field(
+        default=200.0,
+        metadata={
+            "help": "a worker gets no further prompt while those it has take longer to compute: they wait in "
+            "the gateway, in fair order"
+        },
+    )
+    decode_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "of a decode worker's KV blocks, how much answers may be expected to need; above 1 more "
+            "run at once, and some are preempted"
+        },
     )
     request_timeout_s: float = field(
         default=600.0, metadata={"help": "a request that takes longer ends with an error"}
     )
     admission_timeout_s: float = field(
-        default=120.0, metadata={"help": "how long a request may wait for a worker with room"}
+        default=120.0,
+        metadata={
+            "help": "how long a request may wait for a worker with room; also an answer that has begun"
+        },
     )
     no_worker_timeout_s: float = field(
         default=15.0, metadata={"help": "how long a request may wait when no worker is alive at all"}

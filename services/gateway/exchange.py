@@ -95,10 +95,9 @@ class Exchange(Response):
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
         generation = await self._gateway.prompts.read(self._body, self._request_id, deadline, self._tenant)
-        self._journal.admit(len(generation.prompt_ids), generation.sampling.seed)
-        context = {"request_id": self._request_id}
-        logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
-        async with aclosing(self._gateway.answer(generation, self._journal)) as deltas:
+        async with self._gateway.answering(generation, self._journal) as deltas:
+            context = {"request_id": self._request_id}
+            logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
             async for delta in deltas:
                 yield delta
 

@@ -1,12 +1,14 @@
 """A gateway, composed: everything one process shares between its requests."""
 
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 from router.state import RouteOptions
 from services.core.clock import Clock
 from services.core.errors import NoWorker
-from services.gateway.admission import Admission
+from services.gateway.admission import Admission, AdmissionLimits
 from services.gateway.answer import AnswerText, TextDelta, answer
 from services.gateway.attempts import Attempts, Patience, RetryPolicy
 from services.gateway.choices import Choices
@@ -14,17 +16,20 @@ from services.gateway.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.explanation import answer as route_answer
+from services.gateway.fair_queue import Priority
 from services.gateway.generation import Generation
 from services.gateway.journal import Journal
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pipeline import Pipeline
+from services.gateway.place_queue import PlaceQueue, WaitLimits
+from services.gateway.places import PlaceLimits, Places
 from services.gateway.prompt import PromptReader
 from services.gateway.responses import RouteAnswer
 from services.gateway.schema import GenerationRequest
 from services.gateway.served_model import ServedModel
 from services.gateway.stop import StopMatcher
 from services.gateway.tenant import Tenant
-from services.gateway.waiting_line import WaitingLine
+from services.gateway.ticket import Ticket
 from services.gateway.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
@@ -42,7 +47,6 @@ class Gateway:
     ) -> None:
         self.config, self.model, self.clock = config, model, clock
         self.metrics = GatewayMetrics()
-        self.admission = Admission(config.inflight_max, self.metrics)
         self.view = ClusterView(membership, index, workers, clock, model.name)
         self.draining = False
         self._rng = random.Random(config.seed or None)
@@ -54,36 +58,61 @@ class Gateway:
             config.cache_sharing,
         )
         options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
-        self._pipeline = Pipeline(self.view, workers, options, clock, self._rng)
-        self._line = WaitingLine(clock)
+        places = self._places = Places(self.view, options, _place_limits(config), clock, self._rng)
+        self.queue = PlaceQueue(places, self.view, _wait_limits(config), self.metrics, clock)
+        self.admission = Admission(_admission_limits(config), self.queue, places, self.view, self.metrics)
+        self._pipeline = Pipeline(self.queue, self.view, workers, clock)
+        self._retry_policy = RetryPolicy(config.attempts_max, config.attempts_total_max)
         self.metrics.ready.set_function(lambda: self.ready)
-        self.metrics.waiting.set_function(lambda: len(self._line))
-        self._retry_policy = RetryPolicy(
-            config.attempts_max,
-            config.attempts_total_max,
-            config.admission_timeout_s,
-            config.no_worker_timeout_s,
-        )
+        self.view.on_refresh = self.queue.wake
+        for priority in Priority:
+            length, tokens = partial(self.queue.length, priority), partial(self.queue.tokens, priority)
+            self.metrics.queue_length.labels(priority.label).set_function(length)
+            self.metrics.queue_tokens.labels(priority.label).set_function(tokens)
 
     @property
     def ready(self) -> bool:
         """Whether new requests should come here."""
         return self.view.ready and not self.draining
 
-    def answer(self, generation: Generation, journal: Journal) -> AsyncGenerator[TextDelta, None]:
-        """The way of one request, layer around layer. To be closed by whoever stops early."""
-        patience = Patience(self._retry_policy, self._line, generation.deadline, self.clock, self._rng)
+    @asynccontextmanager
+    async def answering(
+        self, generation: Generation, journal: Journal
+    ) -> AsyncIterator[AsyncGenerator[TextDelta, None]]:
+        """The way of one request, layer around layer. Raises Overloaded before any work is done for it."""
+        patience = Patience(self._retry_policy, self.clock)
         choices = Choices(generation.choices)
-        attempts = Attempts(generation, choices, self._pipeline, self.view)
-        texts = [self._text(generation) for _ in range(generation.choices)]
-        return answer(attempts.events(patience), texts, choices, journal)
+        first = self._ticket(generation, choices, patience, journal.received_at)
+        try:
+            await self.admission.admit(first)
+            journal.admit(len(generation.prompt_ids), generation.sampling.seed)
+            attempts = Attempts(generation, choices, first, self._pipeline, self.view)
+            texts = [self._text(generation) for _ in range(generation.choices)]
+            async with aclosing(answer(attempts.events(patience), texts, choices, journal)) as deltas:
+                yield deltas
+        finally:
+            self.queue.leave(first)
+
+    def _ticket(
+        self, generation: Generation, choices: Choices, patience: Patience, received_at: float
+    ) -> Ticket:
+        return Ticket(
+            sequence=generation.sequence(1, tuple(range(generation.choices)), []),
+            choices=choices,
+            tenant=generation.tenant,
+            priority=generation.priority,
+            since=patience.waiting_since,
+            deadline=generation.deadline,
+            first_token_by=received_at + (generation.ttft_max_s or self.config.ttft_max_s),
+            avoided=patience.excluded,
+        )
 
     async def explain(self, request: GenerationRequest, tenant: Tenant) -> RouteAnswer:
         """Where the request would go if it came now. It is not counted and nothing is computed for it."""
         generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
         sequence = generation.sequence(1, tuple(range(generation.choices)), [])
         located = await self.view.locate(generation.prompt_ids, generation.salt)
-        route = self._pipeline.route(sequence, located)
+        route = self._places.ideal(sequence, located)
         if route is None:
             raise NoWorker("No worker could take the request now.")
         return route_answer(self.model.name, sequence.known_tokens, route, located, self.view.reports)
@@ -94,3 +123,21 @@ class Gateway:
             StopMatcher(generation.stop),
             generation.sampling.min_tokens,
         )
+
+
+def _place_limits(config: GatewayConfig) -> PlaceLimits:
+    return PlaceLimits(config.worker_queue_ms_max, config.decode_share)
+
+
+def _wait_limits(config: GatewayConfig) -> WaitLimits:
+    return WaitLimits(config.admission_timeout_s, config.no_worker_timeout_s)
+
+
+def _admission_limits(config: GatewayConfig) -> AdmissionLimits:
+    return AdmissionLimits(
+        requests_max=config.inflight_max,
+        length_max=config.queue_length_max,
+        tokens_max=config.queue_tokens_max,
+        tenant_share=config.queue_tenant_share,
+        decode_pools_max=config.queue_decode_pools_max,
+    )

@@ -11,6 +11,7 @@ from router.state import Route, RouteKind
 from services.core.errors import DiptychError
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerKey, WorkerReport
+from services.gateway.fair_queue import Priority
 from services.gateway.worker_client import (
     OutputToken,
     PrefillResult,
@@ -29,6 +30,8 @@ class Generation:
     prompt_ids: list[int]
     sampling: SamplingParams
     deadline: float  # on the gateway's clock
+    ttft_max_s: float | None = None  # later than that the client does not want it; None: as configured
+    priority: Priority = Priority.NORMAL
     tenant: str = ""  # whose it is: Tenant.id
     salt: str = ""  # Tenant.salt: only prompts with the same one share KV
     stop: tuple[str, ...] = ()

@@ -60,6 +60,10 @@ class Journal:
             raise
         self._end(Stage.FINISHED, "ok")
 
+    @property
+    def received_at(self) -> float:
+        return self._timeline.started_at
+
     def admit(self, prompt_tokens: int, seed: int) -> None:
         """The request is understood, and there is room for it in the gateway."""
         self._prompt_tokens, self._seed = prompt_tokens, seed

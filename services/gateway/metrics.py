@@ -47,8 +47,30 @@ class GatewayMetrics:
         self.ready = Gauge(
             "diptych_gateway_ready", "1 while new requests should come here", registry=registry
         )
-        self.waiting = Gauge(
-            "diptych_gateway_waiting", "Requests that found no room and wait for it", registry=registry
+        self.queue_length = Gauge(
+            "diptych_gateway_queue_length",
+            "Requests that wait for a worker, by priority class",
+            ["priority"],
+            registry=registry,
+        )
+        self.queue_tokens = Gauge(
+            "diptych_gateway_queue_tokens",
+            "Tokens that those in the queue want computed, expected answers included, by priority class",
+            ["priority"],
+            registry=registry,
+        )
+        self.queue_seconds = Histogram(
+            "diptych_gateway_queue_seconds",
+            "How long those who got a place had waited for it, by priority class",
+            ["priority"],
+            buckets=_LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.rejections = Counter(
+            "diptych_gateway_rejections",
+            "Requests refused with 429 by this gateway, by reason (services/gateway/admission.py)",
+            ["reason"],
+            registry=registry,
         )
         self.retries = Counter(
             "diptych_gateway_retries",

@@ -49,6 +49,8 @@ class PromptReader:
             prompt_ids=prompt_ids,
             sampling=self._sampling(request, self._max_tokens(request, len(prompt_ids))),
             deadline=deadline,
+            ttft_max_s=request.ttft_max_s,
+            priority=request.priority_class,
             tenant=tenant.id,
             salt=tenant.salt(request.cache_salt or "", self.cache_sharing),
             stop=request.stop_strings,

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from services.core.errors import BadRequest
+from services.gateway.fair_queue import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (),
 }
 # Known to change nothing that we promise.
-_HARMLESS = {"metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
+_HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
+_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
 _UNKNOWN_NAMES_MAX = 1000  # bounds the memory of who has been warned about
 _warned: set[str] = set()
 
@@ -169,6 +171,20 @@ class GenerationRequest(BaseModel):
         None, description="share cached prompts only with requests of the same API key and salt"
     )
     user: str | None = None
+    priority: int | None = Field(None, description="below 0: before others, above 0: after them")
+    service_tier: str | None = Field(None, description="priority or flex, like a priority of -1 or 1")
+    ttft_max_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="refuse the request (429) if its answer cannot begin within so many seconds"
+    )
+
+    @property
+    def priority_class(self) -> Priority:
+        """`priority` as in vLLM, which wins; or OpenAI's `service_tier`."""
+        if self.priority is None:
+            return _TIERS.get(self.service_tier or "", Priority.NORMAL)
+        if self.priority < 0:
+            return Priority.HIGH
+        return Priority.LOW if self.priority > 0 else Priority.NORMAL
 
     @property
     def choices(self) -> int:

@@ -156,9 +156,9 @@ async def test_a_request_that_waits_for_room_is_never_computed(
     reservation = Submit("another", "receive", [1] * 350, [], SamplingParams(max_tokens=1))
     decode.submit(reservation, lambda event: None)  # all blocks but a few
     client = Client(cluster, PROMPT, stream)
-    await until(lambda: len(cluster.gateway._line) == 1)
+    await until(lambda: len(cluster.gateway.queue) == 1)
     await client.hang_up()
-    assert len(cluster.gateway._line) == 0
+    assert len(cluster.gateway.queue) == 0
     decode.drop("another")
     await cluster.until_quiet(SOON_S)
     assert computed(cluster, "p0", "prefill") == 0

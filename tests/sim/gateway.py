@@ -41,8 +41,8 @@ def toy_model(context_tokens_max: int) -> ServedModel:
 class HttpCall:
     """One request as its client sees it: what has come so far, and how it ended."""
 
-    def __init__(self, body: dict[str, Any], read_s: float) -> None:
-        self.body = body
+    def __init__(self, body: dict[str, Any], headers: dict[str, str], read_s: float) -> None:
+        self.body, self.headers = body, headers
         self.status = 0
         self.received = bytearray()
         self.error = ""  # label of the error that came instead of a 200
@@ -131,14 +131,35 @@ class SimGateway:
         gateway, found = self.gateway, []
         if gateway.admission._inflight:
             found.append(f"{gateway.admission._inflight} requests in flight when quiet")
-        if len(gateway._line):
-            found.append(f"{len(gateway._line)} requests in the waiting line when quiet")
+        if len(gateway.queue):
+            found.append(f"{len(gateway.queue)} requests in the queue when quiet")
+        if gateway.queue._dispatcher is not None and not gateway.queue._dispatcher.done():
+            found.append("the queue's dispatcher runs when quiet")
+        if len(gateway.queue._places.commitments):
+            found.append(f"{len(gateway.queue._places.commitments)} commitments when quiet")
         if parts := gateway.view.in_flight.parts:
             found.append(f"work counted as in flight when quiet: {parts}")
         for session in self.workers._sessions.values():
             if session._inboxes:
                 found.append(f"inboxes left in a decode session: {list(session._inboxes)}")
         return [f"{self.name}: {complaint}" for complaint in found]
+
+    def overfull(self) -> str | None:
+        """A bound that is passed, if there is one. Whoever finds the queue empty may be larger than all
+        bounds, and attempts that failed come back to it."""
+        if not self.alive:
+            return None
+        config, gateway = self._config, self.gateway
+        new = [ticket for ticket in gateway.queue if not ticket.had_turn and not ticket.begun]
+        sequences, tokens = sum(len(ticket.sequence.choices) for ticket in new), sum(t.cost for t in new)
+        if len(new) > 1 and (sequences > config.queue_length_max or tokens > config.queue_tokens_max):
+            return f"{self.name}: {sequences} answers of {tokens} tokens wait"
+        if (
+            len(gateway.queue) > gateway.admission._inflight * 4
+            or gateway.admission._inflight > config.inflight_max
+        ):
+            return f"{self.name}: {len(gateway.queue)} wait, of {gateway.admission._inflight} requests"
+        return None
 
     async def _follow(self) -> None:
         self._following = asyncio.current_task()
@@ -149,7 +170,8 @@ class SimGateway:
             request_id=request_id, client_request_id=request_id, received_at=self._world.clock.now()
         )
         body = CompletionRequest.model_validate(call.body)
-        exchange = Exchange(self.gateway, "completions", body, SimpleNamespace(state=state, headers={}))  # type: ignore[arg-type]
+        http = SimpleNamespace(state=state, headers=call.headers)
+        exchange = Exchange(self.gateway, "completions", body, http)  # type: ignore[arg-type]
         try:
             await exchange({"type": "http"}, call.receive, call.send)
         except DiptychError as error:

@@ -152,6 +152,11 @@ class _Run:
             route_split=rng.choice(["auto", "auto", "always", "never"]),
             inflight_max=256 if self._gentle else rng.choice([16, 256]),
             request_timeout_s=REQUEST_TIMEOUT_S,
+            queue_length_max=512 if self._gentle else rng.choice([4, 512]),
+            queue_tokens_max=1 << 20 if self._gentle else rng.choice([1000, 1 << 20]),
+            ttft_max_s=1e6 if self._gentle else rng.choice([2.0, 10.0, 120.0]),
+            worker_queue_ms_max=rng.choice([0.0, 50.0, 200.0, 1e6]),
+            decode_share=rng.choice([0.5, 1.0, 1.0, 4.0]),
             admission_timeout_s=REQUEST_TIMEOUT_S if self._gentle else 30.0,
             no_worker_timeout_s=15.0,
             attempts_max=ATTEMPTS_MAX,
@@ -223,7 +228,7 @@ class _Run:
             if gateway is None:
                 await asyncio.sleep(0.5)
                 continue
-            call = HttpCall(request.body, request.read_s)
+            call = HttpCall(request.body, request.headers, request.read_s)
             gateway.open(f"{request.name}-{number}", call)
             if not await self._wait(call, request):
                 self._ended(request, "left")
@@ -293,8 +298,8 @@ class _Run:
         """Bounds that hold at any moment."""
         while True:
             await asyncio.sleep(0.1)
-            for worker in self.workers:
-                if overfull := worker.overfull():
+            for part in (*self.workers, *self.gateways):
+                if overfull := part.overfull():
                     self.bug(f"a queue is over its bound: {overfull}")
 
     async def _become_quiet(self) -> None:

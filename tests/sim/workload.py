@@ -33,6 +33,7 @@ class Request:
     name: str
     at_s: float
     body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
     leaves_after_s: float | None = None
     read_s: float = 0.0
 
@@ -87,6 +88,8 @@ class Workload:
             body["ignore_eos"] = True
         if rng.random() < 0.2:
             body["cache_salt"] = rng.choice(["tenant", "other"])
+        if rng.random() < 0.2:
+            body["priority"] = rng.choice([-1, 1])
         if rng.random() < 0.7:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if rng.random() < 0.2 and "seed" in body and "min_tokens" not in body:
@@ -95,6 +98,7 @@ class Workload:
             name,
             at_s,
             body,
+            {"authorization": f"Bearer {rng.choice('abc')}"} if rng.random() < 0.3 else {},
             leaves_after_s=rng.uniform(0.0, 3.0) if rng.random() < 0.12 else None,
             read_s=rng.uniform(0.0, 0.2) if rng.random() < 0.1 else 0.0,
         )

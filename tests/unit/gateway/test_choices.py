@@ -265,7 +265,7 @@ async def test_a_choice_that_waits_for_room_does_not_hold_the_others(start_clust
     cluster.workers.script("d1", "decode", *faults)
     assert_whole(cluster, await ask(cluster))
     assert cluster.metric("retries_total", error="overloaded") == 4
-    assert cluster.metric("waiting") == 0
+    assert cluster.metric("queue_length", priority="normal") == 0
 
 
 async def test_a_stopped_choice_is_not_resumed(cluster) -> None:

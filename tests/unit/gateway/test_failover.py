@@ -157,15 +157,6 @@ async def test_a_worker_that_sends_its_work_away_costs_no_attempt(start_cluster,
     assert first != second
 
 
-async def test_an_answer_that_has_begun_is_resumed_before_older_requests_that_wait(cluster) -> None:
-    cluster.workers.script(ANY_WORKER, "decode", Fault(None, after_tokens=2))
-    asking = asyncio.create_task(ask(cluster))
-    await until(lambda: cluster.metric("completion_tokens_total") == 3)
-    cluster.gateway._line.join("an older request", since=0.0)
-    next(call for call in cluster.workers.running if call.kind == "decode").lost.set()
-    assert_whole(cluster, await asking)
-
-
 async def test_a_resumed_stream_shows_no_seam(cluster) -> None:
     cluster.workers.script(ANY_WORKER, "decode", Fault(LOST, after_tokens=6))
     body = {"model": MODEL, "prompt": "x", "max_tokens": 200, "stream": True}

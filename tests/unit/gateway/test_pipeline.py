@@ -1,25 +1,23 @@
 """One attempt: events in index order, whatever order the two workers deliver them in."""
 
-import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.state import RouteOptions
 from services.core.clock import SystemClock
 from services.core.errors import EngineFailed, NoWorker
-from services.core.sampling import SamplingParams
 from services.gateway.choices import Choices
-from services.gateway.cluster_view import ClusterView
-from services.gateway.generation import AttemptFailed, Routed, WorkerPair
-from services.gateway.memory_worker_client import Fault, MemoryWorkerClient
-from services.gateway.pipeline import Pipeline, in_index_order
-from services.gateway.worker_client import OutputToken, PrefillResult, Sequence, Started
-from services.index.memory_index import MemoryPrefixIndex
-from services.membership.memory_membership import MemoryMembership
+from services.gateway.generation import Routed, WorkerPair
+from services.gateway.memory_worker_client import Fault
+from services.gateway.pipeline import in_index_order
+from services.gateway.place_queue import WaitLimits
+from services.gateway.places import PlaceLimits
+from services.gateway.worker_client import OutputToken, PrefillResult, Started
+from tests.unit.gateway.gateway_parts import GatewayParts, sequence
 from tests.unit.gateway.scripted_worker_server import report
 
 STARTED = Started(0, 0.0, 0, 0.0, 0.0)
@@ -93,36 +91,19 @@ async def test_any_arrival_gives_consecutive_tokens_without_duplicates(indices, 
     assert next_index + len(emitted) not in indices
 
 
-class World:
-    def __init__(self, split: str = "always") -> None:
-        clock = SystemClock()
-        self.workers = MemoryWorkerClient(lambda prompt: [7, 8, 9])
-        self.membership = MemoryMembership(clock, ttl_s=3600)
-        index = MemoryPrefixIndex(clock)
-        self.view = ClusterView(self.membership, index, self.workers, clock, report("w", "both").served_model)
-        options = RouteOptions(split=split)
-        self.pipeline = Pipeline(self.view, self.workers, options, clock, random.Random(1))
-        self.deadline = clock.now() + 60
-
-    async def announce(self, *reports) -> None:
-        for worker in reports:
-            await self.membership.announce(worker)
-        await self.view.refresh()
+class World(GatewayParts):
+    def __init__(self) -> None:
+        any_queue = PlaceLimits(queue_ms_max=1e9)
+        super().__init__(SystemClock(), places=any_queue, waits=WaitLimits(without_worker_s=0.05))
 
     async def attempt(self, *reports, excluded=(), **sampling) -> list:
-        await self.announce(*reports)
+        await self.hear(*reports)
         async with aclosing(self.events([1, 2, 3], excluded, **sampling)) as events:
             return [event async for event in events]
 
     def events(self, prompt_ids, excluded=(), **sampling) -> AsyncGenerator:
-        sequence = Sequence(
-            request_id="r",
-            attempt=1,
-            prompt_ids=prompt_ids,
-            output_ids=[],
-            sampling=SamplingParams(**{"max_tokens": 3, **sampling}),
-        )
-        return self.pipeline.attempt(sequence, Choices(1), excluded, self.deadline)
+        wanted = msgspec.structs.replace(sequence(**sampling), prompt_ids=prompt_ids)
+        return self.pipeline.attempt(self.ticket(wanted, excluded))
 
 
 P, D = report("p", "prefill"), report("d", "decode")
@@ -137,14 +118,14 @@ async def test_a_split_attempt_dispatches_both_and_decode_names_its_source() -> 
     assert {call.kind: call.source for call in world.workers.calls} == {"prefill": None, "decode": P.key}
 
 
-async def test_without_any_worker_the_attempt_fails_with_no_worker() -> None:
-    (failed,) = await World().attempt()
-    assert isinstance(failed.error, NoWorker)
+async def test_without_any_worker_the_attempt_ends_with_no_worker() -> None:
+    with pytest.raises(NoWorker):
+        await World().attempt()
 
 
 async def test_excluded_incarnations_are_not_used_and_later_ones_are() -> None:
-    (failed,) = await World().attempt(D, excluded={D.key})
-    assert isinstance(failed, AttemptFailed)
+    with pytest.raises(NoWorker):
+        await World().attempt(D, excluded={D.key})
     routed, *_ = await World().attempt(report("d", "decode", epoch=2), excluded={D.key})
     assert routed.decode.epoch == 2
 
@@ -174,6 +155,7 @@ async def test_an_attempt_that_ends_leaves_nothing_in_flight() -> None:
     await world.attempt(P, D)
     assert [view.running for view in world.view.worker_views()] == [0, 0]
     assert [view.queued_prefill_tokens for view in world.view.worker_views()] == [0, 0]
+    assert len(world.places.commitments) == 0
 
 
 PROMPT = list(range(500))
@@ -188,7 +170,7 @@ async def routed(world: World, prompt_ids) -> str:
 
 async def test_a_prefix_that_is_being_computed_draws_requests_until_it_fails() -> None:
     world = World()
-    await world.announce(P, D, BUSY)
+    await world.hear(P, D, BUSY)
     world.workers.script("p", "prefill", Fault())
     async with aclosing(world.events(PROMPT)) as computing:
         assert (await anext(computing)).prefill == P
@@ -204,7 +186,7 @@ async def test_a_prefix_that_is_being_computed_draws_requests_until_it_fails() -
 
 async def test_what_an_attempt_has_computed_counts_before_any_report_or_index_tells() -> None:
     world = World()
-    await world.announce(P, D, BUSY)
+    await world.hear(P, D, BUSY)
     async with aclosing(world.events(PROMPT)) as events:
         assert tokens_of([event async for event in events]) == [0, 1, 2]
     located = await world.view.locate(PROMPT, "")

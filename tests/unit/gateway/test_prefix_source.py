@@ -1,7 +1,5 @@
 """A cached prefix elsewhere: from the index over the route to the worker that may fetch it."""
 
-import random
-
 import msgspec
 import pytest
 
@@ -9,18 +7,13 @@ from router.state import RouteOptions
 from services.core.block_hash import chain_hashes, chain_root
 from services.core.clock import ManualClock, SystemClock
 from services.core.sampling import SamplingParams
-from services.gateway.choices import Choices
-from services.gateway.cluster_view import ClusterView
 from services.gateway.generation import AttemptFailed, Routed
 from services.gateway.journal import Journal
-from services.gateway.memory_worker_client import MemoryWorkerClient
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.pipeline import Pipeline
 from services.gateway.sequence_wire import event_from_wire, prefill_from_wire, sequence_to_wire
 from services.gateway.worker_client import PrefixSource, Sequence
-from services.index.memory_index import MemoryPrefixIndex
-from services.membership.memory_membership import MemoryMembership
 from services.wire.generated import worker_pb2
+from tests.unit.gateway.gateway_parts import GatewayParts
 from tests.unit.gateway.scripted_worker_server import report
 
 PROMPT = list(range(500))
@@ -33,36 +26,25 @@ def sequence(prefix: PrefixSource | None = None) -> Sequence:
     )
 
 
-class Cluster:
+class Cluster(GatewayParts):
     """Prefill worker p, and decode workers d and warm; warm holds `cached` tokens of the prompt."""
 
     def __init__(self, **options) -> None:
-        clock = SystemClock()
-        self.workers = MemoryWorkerClient(lambda prompt: [7, 8, 9])
+        super().__init__(SystemClock(), options=RouteOptions(split="always", **options))
         self.reports = {
             "p": report("p", "prefill", address="p:1"),
             "d": report("d", "decode", address="d:1"),
             "warm": report("warm", "decode", address="warm:1", epoch=5, running=50),
         }
-        self._membership = MemoryMembership(clock, ttl_s=3600)
-        self._index = MemoryPrefixIndex(clock)
-        self.view = ClusterView(
-            self._membership, self._index, self.workers, clock, self.reports["p"].served_model
-        )
-        route_options = RouteOptions(split="always", **options)
-        self._pipeline = Pipeline(self.view, self.workers, route_options, clock, random.Random(1))
-        self._deadline = clock.now() + 60
 
     async def attempt(self, cached: int, excluded=()) -> Routed:
         compatibility = self.reports["warm"].compatibility
         hashes = chain_hashes(PROMPT[:cached], compatibility.block_size, chain_root(compatibility))
-        await self._index.begin(self.reports["warm"].key)
-        await self._index.publish(self.reports["warm"].key, hashes, [])
-        for worker in self.reports.values():
-            await self._membership.announce(worker)
-        await self.view.refresh()
-        attempt = self._pipeline.attempt(sequence(), Choices(1), frozenset(excluded), self._deadline)
-        events = [event async for event in attempt]
+        await self.index.begin(self.reports["warm"].key)
+        await self.index.publish(self.reports["warm"].key, hashes, [])
+        await self.hear(*self.reports.values())
+        ticket = self.ticket(sequence(), excluded)
+        events = [event async for event in self.pipeline.attempt(ticket)]
         assert not any(isinstance(event, AttemptFailed) for event in events)
         return events[0]
 

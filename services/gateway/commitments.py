@@ -1,0 +1,60 @@
+"""What the answers on decode workers will still need: ours by what they lack, other gateways' by guess."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from router.state import Route
+from services.core.worker_report import WorkerReport
+from services.gateway.choices import Choices
+from services.gateway.forecast import AnswerLengths
+
+
+@dataclass(slots=True, eq=False)
+class Commitment:
+    """One attempt's answers, from its route to its end."""
+
+    route: Route
+    choices: Choices
+    served: tuple[int, ...]  # of the choices
+    answer_tokens: int  # expected of each in all
+
+    @property
+    def running(self) -> int:
+        """Sequences on the decode worker."""
+        return sum(map(self.choices.goes_on, self.served))
+
+    def growth_blocks(self, block_size: int) -> int:
+        going_on = filter(self.choices.goes_on, self.served)
+        left = (self.answer_tokens - len(self.choices.delivered[choice]) for choice in going_on)
+        return sum(-(-tokens // block_size) for tokens in left if tokens > 0)
+
+
+class Commitments:
+    def __init__(self, lengths: AnswerLengths) -> None:
+        self._lengths = lengths
+        self._open: dict[Commitment, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @contextmanager
+    def made(self, commitment: Commitment) -> Iterator[None]:
+        """Count it until the block ends."""
+        self._open[commitment] = None
+        try:
+            yield
+        finally:
+            del self._open[commitment]
+            for choice in commitment.served:
+                if not commitment.choices.goes_on(choice):
+                    self._lengths.note(len(commitment.choices.delivered[choice]))
+
+    def growth_blocks(self, report: WorkerReport) -> int:
+        """Blocks that the answers on this decode worker will still need. Those of other gateways are taken
+        to be halfway through."""
+        size = report.compatibility.block_size
+        ours = [one for one in self._open if one.route.decode == report.worker_id]
+        others = max(0, report.running - sum(one.running for one in ours)) if report.decodes else 0
+        each = -(-self._lengths.expected(report.context_tokens_max) // (2 * size))
+        return sum(one.growth_blocks(size) for one in ours) + others * each
