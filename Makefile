@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing clean
+	bench-transfer bench-routing bench-policies clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -80,6 +80,10 @@ bench-transfer: setup
 # of the traces, JSON=file). Steps take measured times: `python -m tests.bench.routing.measure`.
 bench-routing: setup
 	@$(PY) -m tests.bench.routing $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(JSON),--json $(JSON))
+
+# Policies on a real cluster of four workers: the same requests, one policy after the other (QUICK=1).
+bench-policies: setup
+	@$(PY) -m tests.bench.policies $(if $(QUICK),--quick) $(if $(RATE),--rate $(RATE))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -106,15 +106,18 @@ class ExpectedCache:
         """What the index cannot know yet. Workers of which nothing is expected are left out."""
         self._forget_published()
         asked = set(workers)
-        found: dict[WorkerKey, Leading] = {}
+        there: dict[WorkerKey, int] = {}
+        coming: dict[WorkerKey, int] = {}
         for part in self._parts.get(chain[0], ()) if chain else ():
             if part.worker in asked and part.stage is not Stage.NOTHING:
-                blocks = shared_blocks(chain, part.chain)
-                there, coming = found.get(part.worker, (0, 0))
-                if part.stage is Stage.THERE:
-                    there = max(there, blocks)
-                found[part.worker] = Leading(there, max(coming, blocks))
-        return found
+                longest = there if part.stage is Stage.THERE else coming
+                known = longest.get(part.worker, 0)
+                if known < min(len(chain), len(part.chain)) and chain[known] == part.chain[known]:
+                    longest[part.worker] = shared_blocks(chain, part.chain)
+        return {
+            worker: Leading(there.get(worker, 0), max(there.get(worker, 0), coming.get(worker, 0)))
+            for worker in {**there, **coming}
+        }
 
     def kept(self, chain: Chain, workers: Iterable[WorkerKey]) -> dict[WorkerKey, int]:
         """Leading blocks of `chain` that each worker once got, and may have evicted since."""
