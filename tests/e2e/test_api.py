@@ -1,14 +1,18 @@
 """What clients can rely on, asked with OpenAI's own client and with plain HTTP, of a real cluster."""
 
+import json
+
 import httpx
 import openai
 import pytest
 
+from services.launch.cli import main
 from tests.support.cluster import RunningCluster
 from tests.support.completions import MODEL, chunks, complete, greedy
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 STORY = "Once upon a time, in a small village by the sea, there lived"
+LONG_STORY = 8 * STORY
 
 
 def openai_client(cluster: RunningCluster) -> openai.AsyncOpenAI:
@@ -202,3 +206,22 @@ class TestOperation:
         assert sent > 0
         assert worker_moved("prefill-0", "diptych_worker_leases_ended_total", how="released") == 1
         assert worker_moved("decode-0", "diptych_transfer_seconds_count") == 1
+
+
+async def test_a_route_is_explained_before_a_request_and_with_its_answer(
+    split: RunningCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["explain", LONG_STORY, "--url", f"{split.url}/v1", "--cache-salt", "explained", "--json"]) == 0
+    )
+    explained = json.loads(capsys.readouterr().out)
+    async with split.http() as http:
+        body = greedy(LONG_STORY, 4) | {"cache_salt": "explained", "explain": True}
+        answer = (await http.post("/v1/completions", json=body)).json()
+        again = (await http.post("/v1/route", json=body)).json()
+    (route,) = answer["routes"]
+    assert route["prefill_worker"] == answer["timings"]["prefill_worker"] == "prefill-0"
+    assert explained["route"]["prefill_worker"] == "prefill-0"
+    assert [worker["cached_tokens"] for worker in explained["cached"]] == [0, 0]
+    blocks = [worker["cached_tokens"] // 16 for worker in again["cached"]]
+    assert blocks == [explained["prompt_tokens"] // 16] * 2
