@@ -81,9 +81,9 @@ bench-transfer: setup
 bench-routing: setup
 	@$(PY) -m tests.bench.routing $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(JSON),--json $(JSON))
 
-# Policies on a real cluster of four workers: the same requests, one policy after the other (QUICK=1).
+# Policies on a real cluster of four workers: the same requests, one policy after the other (QUICK=1, FETCH=no).
 bench-policies: setup
-	@$(PY) -m tests.bench.policies $(if $(QUICK),--quick) $(if $(RATE),--rate $(RATE))
+	@$(PY) -m tests.bench.policies $(if $(QUICK),--quick) $(if $(filter no,$(FETCH)),--no-fetch)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

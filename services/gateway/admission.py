@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
+from router.state import Route
 from services.core.errors import Overloaded
 from services.gateway.cluster_view import ClusterView
 from services.gateway.metrics import GatewayMetrics
@@ -68,27 +69,26 @@ class Admission:
     async def admit(self, ticket: Ticket) -> None:
         """Put it in the queue, which may give it a place at once. Raises Overloaded."""
         await self._queue.locate(ticket)
-        expected_ms = self._estimate(ticket)
+        ideal = self.estimate(ticket)
         if len(self._queue):
             self._check_length(ticket)
             self._check_tokens(ticket)
             self._check_decode(ticket)
-        self._check_deadline(ticket, expected_ms)
+        self._check_deadline(ticket, ideal)
         self._queue.enter(ticket)
 
-    def _estimate(self, ticket: Ticket) -> float | None:
-        """Fill in its cost. The expected milliseconds from its turn to the first token, as long as they are
-        for a worker that has something to do already; None for one that stands idle, or if there is none."""
+    def estimate(self, ticket: Ticket) -> Route | None:
+        """Fill in its cost. Where it would go if all had room; None if no live worker could take it."""
         sequence = ticket.sequence
         answers = len(sequence.choices) * self._places.lengths.expected(sequence.tokens_left)
         ideal = self._places.ideal(sequence, ticket.located)
         if ideal is None:
             ticket.cost = sequence.known_tokens + answers
-            return None
-        first = ideal.computes
-        ticket.cost = max(1, sequence.known_tokens - first.ready_tokens) + answers
-        ticket.service_ms = first.fetch_ms + first.prefill_ms
-        return ideal.expected_ttft_ms if first.queue_ms > 0.0 or len(self._queue) else None
+        else:
+            first = ideal.computes
+            ticket.cost = max(1, sequence.known_tokens - first.ready_tokens) + answers
+            ticket.service_ms = first.fetch_ms + first.prefill_ms
+        return ideal
 
     def _check_length(self, ticket: Ticket) -> None:
         most, new = self._limits.length_max, len(ticket.sequence.choices)
@@ -123,10 +123,11 @@ class Admission:
             message = "The answers that this server has promised need all its KV memory for long."
             self._refuse("decode", message, excess / self._queue.tokens_per_s(ticket))
 
-    def _check_deadline(self, ticket: Ticket, expected_ms: float | None) -> None:
-        if expected_ms is None:
+    def _check_deadline(self, ticket: Ticket, ideal: Route | None) -> None:
+        """Not of one that goes to an idle worker: nothing would be faster."""
+        if ideal is None or (ideal.computes.queue_ms == 0.0 and not len(self._queue)):
             return
-        expected_s = self._queue.first_token_s(ticket, expected_ms)
+        expected_s = self._queue.first_token_s(ticket, ideal.expected_ttft_ms)
         allowed_s = (ticket.first_token_by - ticket.since) * DEADLINE_SHARE
         if expected_s > allowed_s:
             message = f"The answer would begin in about {expected_s:.1f} s, later than it may."

@@ -4,8 +4,8 @@ from collections.abc import Collection
 
 from router.state import Offer, Route
 from services.core.worker_report import WorkerReport
-from services.gateway.cluster_view import Located
 from services.gateway.responses import CachedOn, ExplainedOffer, ExplainedRoute, RouteAnswer
+from services.gateway.ticket import Ticket
 
 
 def explained(route: Route) -> ExplainedRoute:
@@ -23,12 +23,15 @@ def explained(route: Route) -> ExplainedRoute:
 
 
 def answer(
-    model: str, prompt_tokens: int, route: Route, located: Located, workers: Collection[WorkerReport]
+    model: str, ticket: Ticket, route: Route, wait_ms: float, workers: Collection[WorkerReport]
 ) -> RouteAnswer:
+    """What is expected of a request that has just come, and waits `wait_ms` before it is routed."""
+    located = ticket.located
     return RouteAnswer(
         object="route",
         model=model,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=ticket.sequence.known_tokens,
+        expected_wait=_ms(wait_ms),
         route=explained(route),
         cached=[
             CachedOn(

@@ -58,7 +58,7 @@ class Gateway:
             config.cache_sharing,
         )
         options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
-        places = self._places = Places(self.view, options, _place_limits(config), clock, self._rng)
+        places = Places(self.view, options, _place_limits(config), clock, self._rng)
         self.queue = PlaceQueue(places, self.view, _wait_limits(config), self.metrics, clock)
         self.admission = Admission(_admission_limits(config), self.queue, places, self.view, self.metrics)
         self._pipeline = Pipeline(self.queue, self.view, workers, clock)
@@ -110,12 +110,14 @@ class Gateway:
     async def explain(self, request: GenerationRequest, tenant: Tenant) -> RouteAnswer:
         """Where the request would go if it came now. It is not counted and nothing is computed for it."""
         generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
-        sequence = generation.sequence(1, tuple(range(generation.choices)), [])
-        located = await self.view.locate(generation.prompt_ids, generation.salt)
-        route = self._places.ideal(sequence, located)
+        choices, patience = Choices(generation.choices), Patience(self._retry_policy, self.clock)
+        ticket = self._ticket(generation, choices, patience, self.clock.now())
+        await self.queue.locate(ticket)
+        route = self.admission.estimate(ticket)
         if route is None:
             raise NoWorker("No worker could take the request now.")
-        return route_answer(self.model.name, sequence.known_tokens, route, located, self.view.reports)
+        wait_ms = self.queue.wait_s(ticket) * 1e3
+        return route_answer(self.model.name, ticket, route, wait_ms, self.view.reports)
 
     def _text(self, generation: Generation) -> AnswerText:
         return AnswerText(

@@ -69,8 +69,8 @@ class ExplainedRoute(BaseModel):
     kind: RouteKind
     prefill_worker: str | None  # null: the decode worker computes the prompt itself
     decode_worker: str | None  # null: one token is asked for, which the prefill worker gives
-    expected_first_token: float
-    expected_queue: float  # the part of it before the prompt's turn comes
+    expected_first_token: float  # from then on
+    expected_queue: float  # the part of it before the prompt's turn comes there
     cost: float  # of the chosen offers together
     offers: list[ExplainedOffer]  # the chosen ones first, then the others by score
 
@@ -91,6 +91,7 @@ class RouteAnswer(BaseModel):
     object: Literal["route"]
     model: str
     prompt_tokens: int
+    expected_wait: float  # milliseconds in the gateway, before it is routed
     route: ExplainedRoute
     cached: list[CachedOn]
 

@@ -69,11 +69,11 @@ def request(arguments: argparse.Namespace, prompt: str, model: str) -> dict[str,
 
 def summary(answer: dict[str, Any]) -> str:
     """What was decided, in words."""
-    route = answer["route"]
+    route, wait_ms = answer["route"], answer["expected_wait"]
     lines = [
         f"{answer['prompt_tokens']} prompt tokens, policy {route['policy']}: {_places(route)}",
-        f"first token expected in {route['expected_first_token']:.0f} ms, "
-        f"{route['expected_queue']:.0f} ms of it in the queue",
+        f"first token expected in {wait_ms + route['expected_first_token']:.0f} ms, of it "
+        f"{wait_ms:.0f} ms wait in the gateway, {route['expected_queue']:.0f} ms at the worker",
     ]
     for offer in route["offers"]:
         if offer["chosen"] and offer["fetched_from"]:

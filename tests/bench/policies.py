@@ -1,6 +1,6 @@
 """Routing policies side by side on a real cluster: time to first token and hit rate of the same requests.
 
-    python -m tests.bench.policies [--quick]
+    python -m tests.bench.policies [--quick] [--no-fetch]
 
 Two prefill and two decode workers with the default model, and one gateway for each policy on their Redis.
 Prompts of a group have a long prefix in common, as with a system prompt, and a tail of their own; a worker's
@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -46,17 +46,17 @@ SETTLE_S = 1.0  # reports of an idle cluster are with every gateway
 class Load:
     """`blocks` of each worker hold about two thirds of the groups' prefixes and what runs at once."""
 
-    groups: int = 12
+    groups: int = 10
     prompts_each: int = 5
     prefix_tokens: int = 320
     tail_tokens: int = 24
     answer_tokens: int = 6
-    per_second: float = 2.0
-    blocks: int = 280
+    per_second: float = 2.2
+    blocks: int = 240
     rounds: int = 3
 
 
-QUICK = Load(groups=6, prompts_each=3, blocks=200, rounds=1)
+QUICK = Load(groups=6, prompts_each=3, rounds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +143,17 @@ class Door:
 
 
 @contextmanager
-def gateway(cluster: RunningCluster, policy: str, model: Path) -> Iterator[str]:
+def gateway(cluster: RunningCluster, policy: str, fetch: bool, model: Path) -> Iterator[str]:
     """A gateway beside that of the cluster; its root."""
     port = claim_port("127.0.0.1", 0)
     flags = ["--port", str(port), "--policy", policy, "--model", str(model)]
     command = [sys.executable, "-m", "services.launch.cli", "gateway", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DIPTYCH_GATEWAY__REDIS": cluster.state.redis_url}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DIPTYCH_GATEWAY__REDIS": cluster.state.redis_url,
+        "DIPTYCH_GATEWAY__PREFIX_FETCH": str(fetch).lower(),
+    }
     with (cluster.home / f"gateway-{policy}").open("wb") as log:
         process = subprocess.Popen(
             dying_with_parent(command, signal.SIGTERM), env=environment, stdout=log, stderr=log
@@ -160,14 +165,14 @@ def gateway(cluster: RunningCluster, policy: str, model: Path) -> Iterator[str]:
         process.wait()
 
 
-async def measure(cluster: RunningCluster, load: Load, model: Path) -> dict[str, list[Figures]]:
+async def measure(cluster: RunningCluster, load: Load, fetch: bool, model: Path) -> dict[str, list[Figures]]:
     """The figures of each policy, by round."""
     found: dict[str, list[Figures]] = {policy: [] for policy in POLICIES}
     workers = {report.worker_id for report in await cluster.reports()}
     async with AsyncExitStack() as stack:
         doors = {}
         for policy in POLICIES:
-            root = stack.enter_context(gateway(cluster, policy, model))
+            root = stack.enter_context(gateway(cluster, policy, fetch, model))
             await until_knows(GatewayReadiness(root), workers)
             http = httpx.AsyncClient(base_url=root, trust_env=False, timeout=300)
             doors[policy] = Door(await stack.enter_async_context(http))
@@ -221,16 +226,17 @@ def main() -> None:
         prog="python -m tests.bench.policies", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--quick", action="store_true", help="one small round")
-    parser.add_argument("--rate", type=float, metavar="R", help="requests per second")
+    parser.add_argument(
+        "--no-fetch", action="store_true", help="workers do not fetch prefixes from each other"
+    )
     arguments = parser.parse_args()
     load = QUICK if arguments.quick else Load()
-    load = replace(load, per_second=arguments.rate) if arguments.rate else load
     model = ensure_default_model()
     with tempfile.TemporaryDirectory() as folder:
         spec = ClusterSpec(prefill=2, decode=2, split="auto", blocks=load.blocks)
         cluster = RunningCluster(spec, model, Path(folder) / "home")
         try:
-            found = asyncio.run(measure(cluster, load, model))
+            found = asyncio.run(measure(cluster, load, not arguments.no_fetch, model))
         finally:
             cluster.stop()
     print(f"\n{load}")

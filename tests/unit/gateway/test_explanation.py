@@ -1,5 +1,6 @@
 """Where requests go, explained: before they come, and with their answers."""
 
+import asyncio
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from services.core.errors import EngineFailed, Overloaded
 from services.gateway.journal import ROUTES_KEPT
 from services.gateway.memory_worker_client import ANY_WORKER, Fault
-from tests.unit.gateway.in_memory_cluster import MODEL, InMemoryCluster
+from tests.unit.gateway.in_memory_cluster import MODEL, InMemoryCluster, until
 from tests.unit.gateway.scripted_worker_server import report
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -77,6 +78,18 @@ async def test_asking_computes_counts_and_reserves_nothing(cluster) -> None:
     located = await cluster.gateway.view.locate(PROMPT["prompt"], "")
     assert (set(located.cached.values()), located.coming) == ({0}, {})
     assert "requests_total{" not in (await cluster.http.get("/metrics")).text
+
+
+async def test_who_waits_already_is_told_of(start_cluster) -> None:
+    full = [report("p", "prefill", blocks_free=0), report("d", "decode", blocks_free=0)]
+    cluster = await start_cluster(reports=full, admission_timeout_s=60.0)
+    assert (await explain(cluster, PROMPT))["expected_wait"] == 0.0
+    asking = asyncio.create_task(cluster.http.post("/v1/completions", json=PROMPT))
+    await until(lambda: len(cluster.gateway.queue))
+    assert (await explain(cluster, PROMPT))["expected_wait"] > 0.0
+    assert len(cluster.gateway.queue) == 1
+    asking.cancel()
+    await until(lambda: not len(cluster.gateway.queue))
 
 
 async def test_round_robin_is_not_moved_on_by_asking(start_cluster) -> None:

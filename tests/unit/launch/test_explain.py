@@ -35,6 +35,7 @@ ANSWER = {
     "object": "route",
     "model": "m",
     "prompt_tokens": 500,
+    "expected_wait": 7.0,
     "route": {
         "policy": "cost",
         "kind": "split",
@@ -100,7 +101,7 @@ def test_another_policy_shows_its_scores() -> None:
 def test_the_decision_is_told_in_words() -> None:
     assert summary(ANSWER).splitlines() == [
         "500 prompt tokens, policy cost: prefill-1, then decode-0",
-        "first token expected in 123 ms, 20 ms of it in the queue",
+        "first token expected in 130 ms, of it 7 ms wait in the gateway, 20 ms at the worker",
         "prefill-1 fetches 320 tokens from decode-0",
         "prefill-1 will have 16 tokens cached, which it computes now",
     ]
