@@ -40,6 +40,7 @@ from services.engine.runner import ModelRunner, Row
 from services.engine.scheduler import Chunk, Scheduler
 from services.engine.sequence import Sequence, State
 from services.engine.step_times import StepTimes
+from services.engine.warm_up import warm_up
 
 _RESERVED = (State.RECEIVING, State.REVOKED)
 _WRITTEN = (*_RESERVED, State.FETCHING)  # KV may be on its way into the blocks
@@ -85,6 +86,10 @@ class Engine:
             self._admitted or self._refused or self._advanced or self._tokens
             or self._revoked or self._dropped or self._step or self._pinged or self._silence_s
         )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Before any command: see warm_up.py."""
+        warm_up(self._runner, self._times, self._clock, self._pool.blocks, self._pool.block_size)
 
     def handle(self, command: Command) -> None:
         match command:

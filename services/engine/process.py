@@ -33,6 +33,7 @@ def main() -> None:
     pool = memoryview(mmap.mmap(int(sys.argv[2]), setup.geometry.shared_bytes))
     try:
         engine = _build(setup, pool)
+        engine.warm_up()
     except DiptychError as error:
         pipe.send(msgspec.msgpack.encode(EngineReady(error.message)))
         pipe.flush()
