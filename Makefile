@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing bench-policies clean
+	bench-transfer bench-routing bench-policies bench-overload clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -84,6 +84,10 @@ bench-routing: setup
 # Policies on a real cluster of four workers: the same requests, one policy after the other (QUICK=1, FETCH=no).
 bench-policies: setup
 	@$(PY) -m tests.bench.policies $(if $(QUICK),--quick) $(if $(filter no,$(FETCH)),--no-fetch)
+
+# Open-loop load of several API keys and priorities at 0.5 to 3 times what a real cluster can do (QUICK=1).
+bench-overload: setup
+	@$(PY) -m tests.bench.overload $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

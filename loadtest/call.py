@@ -11,14 +11,18 @@ import httpx
 
 from loadtest.workload import Call, CancelPlan
 
+End = Literal["completed", "cancelled", "failed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """`first_token_s` and `gaps_s` are known for streams only: one chunk carries about one token."""
 
     kind: str
-    end: Literal["completed", "cancelled", "failed"]
+    end: End
     problem: str = ""  # why it failed
+    status: int = 0  # of the response; 0: none came
+    retry_after_s: int | None = None  # what a refusal says
     tokens: int = 0
     first_token_s: float | None = None
     gaps_s: tuple[float, ...] = ()
@@ -43,12 +47,13 @@ async def perform(http: httpx.AsyncClient, call: Call) -> Outcome:
 
 
 async def _whole(http: httpx.AsyncClient, call: Call) -> Outcome:
-    response = await http.post(call.path, json=call.body)
+    response = await http.post(call.path, json=call.body, headers=call.headers)
     if response.status_code != httpx.codes.OK:
         return _refused(call, response)
     answer = response.json()
     problem = _problem(call, answer["choices"][0]["finish_reason"], answer["usage"])
-    return Outcome(call.kind, "failed" if problem else "completed", problem, _tokens(answer["usage"]))
+    end: End = "failed" if problem else "completed"
+    return Outcome(call.kind, end, problem, response.status_code, tokens=_tokens(answer["usage"]))
 
 
 async def _stream(
@@ -59,7 +64,7 @@ async def _stream(
     finish: str | None = None
     usage: dict[str, Any] = {}
     done = False
-    async with http.stream("POST", call.path, json=call.body) as response:
+    async with http.stream("POST", call.path, json=call.body, headers=call.headers) as response:
         if response.status_code != httpx.codes.OK:
             await response.aread()
             return _refused(call, response)
@@ -71,7 +76,8 @@ async def _stream(
             done = done or data == "[DONE]"
             chunk = {} if done else json.loads(data)
             if "error" in chunk:
-                return Outcome(call.kind, "failed", f"in the stream: {chunk['error']['message']}")
+                problem = f"in the stream: {chunk['error']['message']}"
+                return Outcome(call.kind, "failed", problem, response.status_code)
             usage = chunk.get("usage") or usage
             for choice in chunk.get("choices", ()):
                 arrivals += [time.perf_counter()] if _has_text(choice) else []
@@ -83,6 +89,8 @@ async def _stream(
         call.kind,
         "failed" if problem else "completed",
         problem,
+        response.status_code,
+        None,
         _tokens(usage),
         arrivals[0] - sent_s if arrivals else None,
         tuple(later - earlier for earlier, later in itertools.pairwise(arrivals)),
@@ -94,7 +102,14 @@ def _has_text(choice: dict[str, Any]) -> bool:
 
 
 def _refused(call: Call, response: httpx.Response) -> Outcome:
-    return Outcome(call.kind, "failed", f"HTTP {response.status_code}: {response.text:.200}")
+    retry_after = response.headers.get("Retry-After", "")
+    return Outcome(
+        call.kind,
+        "failed",
+        f"HTTP {response.status_code}: {response.text:.200}",
+        response.status_code,
+        int(retry_after) if retry_after.isdecimal() else None,
+    )
 
 
 def _problem(call: Call, finish: str | None, usage: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Long enough that several prompts share whole KV blocks, short enough for a small cluster.
@@ -36,7 +36,8 @@ class CancelPlan:
 class Call:
     path: str
     body: dict[str, Any]
-    cancel: CancelPlan | None
+    cancel: CancelPlan | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def streams(self) -> bool:

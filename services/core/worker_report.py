@@ -35,6 +35,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     blocks_total: int = 0
     blocks_free: int = 0  # neither used nor cached
     blocks_cached: int = 0  # reusable, evictable
+    sequences_max: int = 0  # that may have blocks at the same time; 0: it does not say
     running: int = 0  # sequences with blocks
     waiting: int = 0  # sequences without blocks yet
     # Load in the terms of the step model (router/step_model.py): T and X of what is known but not computed

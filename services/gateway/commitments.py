@@ -1,5 +1,6 @@
 """What the answers on decode workers will still need: ours by what they lack, other gateways' by guess."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,19 +34,22 @@ class Commitment:
 class Commitments:
     def __init__(self, lengths: AnswerLengths) -> None:
         self._lengths = lengths
-        self._open: dict[Commitment, None] = {}
+        self._open: defaultdict[str | None, set[Commitment]] = defaultdict(set)  # by decode worker
 
     def __len__(self) -> int:
-        return len(self._open)
+        return sum(map(len, self._open.values()))
 
     @contextmanager
     def made(self, commitment: Commitment) -> Iterator[None]:
         """Count it until the block ends."""
-        self._open[commitment] = None
+        worker_id = commitment.route.decode
+        self._open[worker_id].add(commitment)
         try:
             yield
         finally:
-            del self._open[commitment]
+            self._open[worker_id].remove(commitment)
+            if not self._open[worker_id]:
+                del self._open[worker_id]
             for choice in commitment.served:
                 if not commitment.choices.goes_on(choice):
                     self._lengths.note(len(commitment.choices.delivered[choice]))
@@ -54,7 +58,7 @@ class Commitments:
         """Blocks that the answers on this decode worker will still need. Those of other gateways are taken
         to be halfway through."""
         size = report.compatibility.block_size
-        ours = [one for one in self._open if one.route.decode == report.worker_id]
+        ours = self._open.get(report.worker_id, ())
         others = max(0, report.running - sum(one.running for one in ours)) if report.decodes else 0
         each = -(-self._lengths.expected(report.context_tokens_max) // (2 * size))
         return sum(one.growth_blocks(size) for one in ours) + others * each

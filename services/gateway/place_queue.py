@@ -209,12 +209,13 @@ class PlaceQueue:
     def _advance(self) -> None:
         """Give places to all who find one now."""
         self._count_time()
-        self._serve(list(self._begun))
-        while (oldest := self._holding_back()) is not None and self._try(oldest):
-            pass
-        if oldest is None:
-            self._serve(sorted(self._aside, key=lambda one: (one.priority, one.since)))
-            self._serve_fairly()
+        with self._places.at_once():
+            self._serve(list(self._begun))
+            while (oldest := self._holding_back()) is not None and self._try(oldest):
+                pass
+            if oldest is None:
+                self._serve(sorted(self._aside, key=lambda one: (one.priority, one.since)))
+                self._serve_fairly()
         self._was_waiting = len(self) > 0
 
     def _serve(self, tickets: Sequence[Ticket]) -> None:

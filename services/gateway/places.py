@@ -8,8 +8,8 @@ here it waits fairly, and is routed by what is known when its turn comes.
 
 import logging
 import random
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -80,6 +80,7 @@ class Places:
         self.commitments = Commitments(self.lengths)
         self._refused_at: dict[WorkerKey, float] = {}
         self._taken = 0  # places, ever
+        self._seen: list[WorkerView] | None = None  # of all workers, while nothing can change
 
     def take(
         self,
@@ -116,7 +117,7 @@ class Places:
         return self._counted(place, sequence) if isinstance(better, Lack) else better
 
     def find(self, request: RouteRequest, located: Located) -> Route | Lack:
-        views = self._view.worker_views()
+        views = self._views()
         roomy = [self._with_blocks(view, request) for view in views]
         if request.max_tokens > 1 and not _decoding(roomy, request):  # no need to ask the router
             return Lack.BLOCKS if _decoding(views, request) else Lack.WORKER
@@ -134,6 +135,18 @@ class Places:
             1 + self._options.near_tie
         )
         return wanted if waits else soon
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Around many calls of `take` between which nothing else happens: one look serves them all."""
+        self._seen = self._view.worker_views()
+        try:
+            yield
+        finally:
+            self._seen = None
+
+    def _views(self) -> list[WorkerView]:
+        return self._view.worker_views() if self._seen is None else self._seen
 
     def _is_makeshift(
         self, wanted: Route, request: RouteRequest, located: Located, views: list[WorkerView]
@@ -159,12 +172,12 @@ class Places:
     @property
     def promised_tokens(self) -> int:
         """KV of all that is on decode workers, in tokens: what they have and will still grow by."""
-        decoding = [report for report in self._view.reports if report.decodes]
-        return sum(
-            (report.blocks_total - report.blocks_free - report.blocks_cached + grown) * size
-            for report in decoding
-            for grown, size in [(self.commitments.growth_blocks(report), report.compatibility.block_size)]
-        )
+        decoding = [view for view in self._view.worker_views() if view.decodes]
+        return sum(self._promised_blocks(view) * view.block_size for view in decoding)
+
+    def _promised_blocks(self, view: WorkerView) -> int:
+        report = self._view.report(view.id)
+        return report.blocks_total - view.blocks_available + self.commitments.growth_blocks(report)
 
     def give_back(self, place: Place) -> None:
         """It is over. Its workers may have room again, except for one that has just said otherwise."""
@@ -188,11 +201,12 @@ class Places:
         report = self._view.report(view.id)
         if self._clock.now() - self._refused_at.get(report.key, -REFUSAL_S) < REFUSAL_S:
             return replace(view, prefills=False, decodes=False)
-        return replace(
-            view,
-            prefills=view.prefills and self._holds_prompt(view, report, request),
-            decodes=view.decodes and self._holds_answers(view, report, request),
-        )
+        prefills = view.prefills and self._holds_prompt(view, report, request)
+        decodes = view.decodes and _has_slots(view, report, request)
+        decodes = decodes and self._holds_answers(view, report, request)
+        if (prefills, decodes) == (view.prefills, view.decodes):
+            return view
+        return replace(view, prefills=prefills, decodes=decodes)
 
     def _is_short(self, view: WorkerView) -> bool:
         model = view.model.completed(self._options.assumed) if view.model else self._options.assumed
@@ -217,6 +231,8 @@ class Places:
         sent = self._view.in_flight.sent(chosen, seq_id, sequence.known_tokens, len(sequence.choices))
         place.held.enter_context(self.commitments.made(place.commitment))
         place.prompt = place.held.enter_context(sent)
+        if self._seen is not None:
+            self._seen = self._view.worker_views()
         return place
 
     def _request(self, sequence: Sequence, excluded: Collection[Excluded]) -> RouteRequest:
@@ -255,6 +271,12 @@ def _is_alone(chosen: Route) -> bool:
 
 def _decoding(views: list[WorkerView], request: RouteRequest) -> bool:
     return any(view.ready and view.decodes and view.id not in request.excluded for view in views)
+
+
+def _has_slots(view: WorkerView, report: WorkerReport, request: RouteRequest) -> bool:
+    """For each choice to decode. More of them than there are slots run one after another."""
+    taken, slots = view.running + view.waiting, report.sequences_max
+    return not slots or taken == 0 or taken + request.choices <= slots
 
 
 def _blocks(tokens: int, view: WorkerView) -> int:

@@ -252,6 +252,7 @@ class Worker:
             running_context=gauges.running_context,
             model=gauges.model,
             chunk_tokens_max=self._config.chunk_tokens_max,
+            sequences_max=self._config.sequences_max,
             load_age_ms=1e3 * (self._clock.now() - self._engine.gauges_at),
             newest=gauges.newest,
             prefix_hit_tokens=gauges.prefix_hit_tokens,

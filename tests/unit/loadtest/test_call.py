@@ -34,7 +34,14 @@ async def outcome(call: Call, response: httpx.Response) -> Outcome:
 
 
 async def test_a_whole_answer_is_completed_with_its_tokens() -> None:
-    assert await outcome(WHOLE, answer()) == Outcome("completion, whole", "completed", tokens=2)
+    assert await outcome(WHOLE, answer()) == Outcome("completion, whole", "completed", status=200, tokens=2)
+
+
+async def test_a_refusal_says_when_to_come_again() -> None:
+    refusal = httpx.Response(429, headers={"Retry-After": "7"}, text="later")
+    for call in (WHOLE, STREAM):
+        seen = await outcome(call, refusal)
+        assert (seen.end, seen.status, seen.retry_after_s) == ("failed", 429, 7)
 
 
 async def test_a_stream_is_completed_with_times() -> None:
