@@ -88,6 +88,7 @@ class Admission:
             first = ideal.computes
             ticket.cost = max(1, sequence.known_tokens - first.ready_tokens) + answers
             ticket.service_ms = first.fetch_ms + first.prefill_ms
+            ticket.expected_ms = ideal.expected_ttft_ms
         return ideal
 
     def _check_length(self, ticket: Ticket) -> None:
@@ -127,7 +128,7 @@ class Admission:
         """Not of one that goes to an idle worker: nothing would be faster."""
         if ideal is None or (ideal.computes.queue_ms == 0.0 and not len(self._queue)):
             return
-        expected_s = self._queue.first_token_s(ticket, ideal.expected_ttft_ms)
+        expected_s = self._queue.wait_s(ticket) + self._queue.first_token_s(ticket)
         allowed_s = (ticket.first_token_by - ticket.since) * DEADLINE_SHARE
         if expected_s > allowed_s:
             message = f"The answer would begin in about {expected_s:.1f} s, later than it may."

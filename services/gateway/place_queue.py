@@ -173,10 +173,9 @@ class PlaceQueue:
         computing = max(1, sum(r.prefills and r.state == "ready" for r in self._view.reports))
         return self._throughput.per_second(like.cost * computing / max(like.service_ms / 1e3, 1e-3))
 
-    def first_token_s(self, ticket: Ticket, expected_ms: float) -> float:
-        """How long it would take from now to its first token, when the router expects `expected_ms` after
-        its turn."""
-        return self.wait_s(ticket) + expected_ms / 1e3 * self._correction.factor
+    def first_token_s(self, ticket: Ticket) -> float:
+        """How long after its turn its first token comes."""
+        return ticket.expected_ms / 1e3 * self._correction.factor
 
     def retry_after_s(self, ticket: Ticket) -> float:
         """When somebody who cannot wait should come again."""
@@ -321,7 +320,7 @@ class PlaceQueue:
         if ticket.begun and now >= ticket.deadline:
             return DeadlineExceeded("The request waited for a worker until its time was over.")
         waited = now - ticket.since >= self._limits.without_room_s or now >= ticket.deadline
-        late = not ticket.begun and now + ticket.service_ms / 1e3 > ticket.first_token_by
+        late = not ticket.begun and now + self.first_token_s(ticket) > ticket.first_token_by
         if not waited and not late:
             return None
         if workerless:

@@ -28,7 +28,8 @@ class Ticket:
     located: Located = field(default_factory=lambda: Located({}, {}))
     located_at: float = 0.0
     cost: int = 1  # tokens that workers will compute for it
-    service_ms: float = 0.0  # from a place to the first token, if nothing is before it
+    service_ms: float = 0.0  # from a place to the first token, if nothing is before it there
+    expected_ms: float = 0.0  # the same with what is before it
 
     # While it waits.
     entered_at: float = 0.0
@@ -52,6 +53,7 @@ class Ticket:
             had_turn=True,
             cost=self.cost,
             service_ms=self.service_ms,
+            expected_ms=self.expected_ms,
         )
 
     @property

@@ -307,7 +307,7 @@ class TestEnds:
         self, line: Line
     ) -> None:
         await line.come(3000)
-        waiter = await line.come(300, first_token_by=2.0, service_ms=500.0)
+        waiter = await line.come(300, first_token_by=2.0, expected_ms=500.0)
         await line.pass_time(1.4)
         assert not waiter.task.done()
         await line.pass_time(0.3)

@@ -29,8 +29,8 @@ def test_only_a_whole_answer_that_began_in_time_is_good() -> None:
 def test_goodput_is_counted_in_all_and_by_key() -> None:
     seen = load(1.0, GOOD, GOOD, GOOD, LATE)
     assert seen.goodput == 1.5
-    assert seen.goodput_by("Authorization") == {"Bearer flood": 1.0, "Bearer key 1": 0.5}
-    assert seen.goodput_by("priority") == {"0": 1.5}
+    assert seen.goodput_by_key() == {"flood": 1.0, "key 1": 0.5, "key 2": 0, "key 3": 0, "key 4": 0}
+    assert seen.good_share_by_priority() == {"0": 0.75}
 
 
 def test_a_row_tells_refused_from_failed() -> None:
@@ -41,6 +41,7 @@ def test_a_row_tells_refused_from_failed() -> None:
 def test_the_verdict_compares_the_last_load_with_the_best_one() -> None:
     text = verdict([load(1.0, *[GOOD] * 10), load(3.0, *[GOOD] * 8, REFUSED, BROKEN)])
     assert "goodput at 3 x: 80% of its peak" in text
+    assert "sends 5 times as much has 4.00 times the others' goodput" in text
     assert "Retry-After at 3 x: median 4 s" in text
     assert "1 failed: HTTP 503: gone" in text
 
