@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing bench-policies bench-overload clean
+	bench-transfer bench-routing bench-policies bench-overload bench-index clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -88,6 +88,10 @@ bench-policies: setup
 # Open-loop load of several API keys and priorities at 0.5 to 3 times what a real cluster can do (QUICK=1).
 bench-overload: setup
 	@$(PY) -m tests.bench.overload $(if $(QUICK),--quick)
+
+# Look-ups in the prefix index with a million blocks in it, beside PING and the layout before (QUICK=1).
+bench-index: setup
+	@$(PY) -m tests.bench.index $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -20,7 +20,7 @@ from services.core.worker_report import WorkerKey
 # An entry that was not renewed for so long belongs to a dead incarnation, and may be swept. Six periods of
 # renewal: a worker that was cut off for less comes back to what it had published.
 DEAD_AFTER_S = 30.0
-# By then it is gone, even if nobody is left who sweeps: each renewal sweeps one of 16 shards every 5 s.
+# By then it is gone, even if nobody is left who sweeps: a live worker sweeps one of 8 shards every 5 s.
 TTL_S = 4 * DEAD_AFTER_S
 
 

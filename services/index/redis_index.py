@@ -1,14 +1,14 @@
 """The prefix index in Redis: per worker incarnation one SET of block hashes, and who is in it.
 
-    {namespace:index:NN}                     ->  { entry key, ... }        the entries of shard NN
-    {namespace:index:NN}:worker_id:epoch     ->  { "", hash, hash, ... }   an entry, TTL renewed
+    {namespace:index:S}                    ->  { entry key, ... }        the entries of shard S
+    {namespace:index:S}:worker_id:epoch    ->  { "", hash, hash, ... }   an entry, TTL renewed
 
 The empty member is there from the entry's beginning and shows that nothing is missing: a SET that had
 been lost and then grew by an increment would lack it. Of a hash the first HASH_BYTES_KEPT bytes are kept:
 two blocks of one worker that agree in them cost a cache hit, not correctness, and are met once in
 36 million lives of a worker with a million blocks (n^2 / 2^65).
 
-A worker belongs to one of SHARDS shards by its id. All keys of a shard have one hash tag, so that they
+A worker belongs to a shard by its id. All keys of a shard have one hash tag, so that they
 are in one slot of a Redis Cluster, and the shards are spread over its nodes. A look-up is one script
 call, with the whole chain as one binary argument, on a cluster one for each shard, to all nodes at
 once. Because a block proves the ones before it, a script need not look at all of a chain; docs/adr/0002
@@ -29,7 +29,9 @@ from services.core.worker_report import WorkerKey
 from services.index.protocol import DEAD_AFTER_S, TTL_S
 from services.store.connection import Call, Script, StoreConnection
 
-SHARDS = 16  # as many nodes of a cluster can share the index; a look-up there takes as many calls
+# A look-up on a cluster takes a call for each. As CRC16 is linear, these names fall into eight equal parts of
+# the cluster's slots whatever the namespace is, so up to eight nodes share the index evenly.
+SHARDS = "0123abcd"
 HASH_BYTES_KEPT = 8
 _KEYS_CACHED = 4_096
 
@@ -91,20 +93,22 @@ redis.call('SREM', KEYS[2], KEYS[1])
 # held, the next that it is nothing; the rest is a binary search.
 LOCATE = Script(f"""
 local chain, blocks = ARGV[1], #ARGV[1] / {HASH_BYTES}
+local call, sub, floor = redis.call, string.sub, math.floor
 local counts, guess = {{}}, 1
-for w, entry in ipairs(KEYS) do
-  local low, high = 0, blocks
-  local function probe(block)
-    if low < block and block <= high then
-      local first = (block - 1) * {HASH_BYTES} + 1
-      local hash = string.sub(chain, first, first + {HASH_BYTES_KEPT - 1})
-      if redis.call('SISMEMBER', entry, hash) == 1 then low = block else high = block - 1 end
-    end
+local entry, low, high
+local function probe(block)
+  if low < block and block <= high then
+    local first = (block - 1) * {HASH_BYTES} + 1
+    local hash = sub(chain, first, first + {HASH_BYTES_KEPT - 1})
+    if call('SISMEMBER', entry, hash) == 1 then low = block else high = block - 1 end
   end
+end
+for w = 1, #KEYS do
+  entry, low, high = KEYS[w], 0, blocks
   probe(guess)
   probe(guess + 1)
   probe(1)
-  while low < high do probe(math.floor((low + high + 1) / 2)) end
+  while low < high do probe(floor((low + high + 1) / 2)) end
   counts[w] = low
   if low > 0 then guess = low end
 end
@@ -130,7 +134,7 @@ class RedisPrefixIndex:
 
     async def renew(self, worker: WorkerKey) -> bool:
         renewed = await self._store.run(Call(RENEW, self._keys(worker), _ms(TTL_S)))
-        swept = self._shard_key((_shard_of(worker) + next(self._renewals)) % SHARDS)
+        swept = self._shard_key(_number_of_shard(worker) + next(self._renewals))
         await self._store.run(Call(SWEEP, [swept], _ms(TTL_S - DEAD_AFTER_S)))
         return bool(renewed)
 
@@ -155,21 +159,21 @@ class RedisPrefixIndex:
 
     def _make_keys(self, worker: WorkerKey) -> tuple[str, str]:
         """Of the worker's entry, and of its shard."""
-        shard = self._shard_key(_shard_of(worker))
+        shard = self._shard_key(_number_of_shard(worker))
         return f"{shard}:{worker.worker_id}:{worker.epoch}", shard
 
     def _shard_key(self, number: int) -> str:
-        return f"{{{self._namespace}:index:{number:02}}}"
+        return f"{{{self._namespace}:index:{SHARDS[number % len(SHARDS)]}}}"
 
 
-def _shard_of(worker: WorkerKey) -> int:
-    return zlib.crc32(worker.worker_id.encode()) % SHARDS
+def _number_of_shard(worker: WorkerKey) -> int:
+    return zlib.crc32(worker.worker_id.encode()) % len(SHARDS)
 
 
 def _by_shard(workers: Sequence[WorkerKey]) -> list[list[WorkerKey]]:
     groups: defaultdict[int, list[WorkerKey]] = defaultdict(list)
     for worker in workers:
-        groups[_shard_of(worker)].append(worker)
+        groups[_number_of_shard(worker)].append(worker)
     return list(groups.values())
 
 

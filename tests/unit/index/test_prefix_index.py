@@ -1,10 +1,14 @@
 """What every PrefixIndex promises, proven for the in-memory twin and for real servers alike."""
 
+import asyncio
 import uuid
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from services.core.block_hash import chain_hashes
 from services.core.clock import ManualClock
@@ -61,17 +65,23 @@ class RedisStore:
         return {key async for key in self.redis.scan_iter(f"{{{self.namespace}:index:*")}
 
 
-@pytest.fixture(params=["memory", *KINDS])
-async def store(request, redis_url):
-    if request.param == "memory":
+@asynccontextmanager
+async def opened(kind, redis_url):
+    if kind == "memory":
         clock = ManualClock()
         yield MemoryStore(clock, MemoryPrefixIndex(clock))
         return
-    url, namespace = redis_url(request.param), uuid.uuid4().hex
+    url, namespace = redis_url(kind), uuid.uuid4().hex
     index = RedisPrefixIndex(url, timeout_s=10.0, namespace=namespace)
-    async with client_of(url, request.param) as client:
+    async with client_of(url, kind) as client:
         yield RedisStore(client, namespace, index)
     await index.close()
+
+
+@pytest.fixture(params=["memory", *KINDS])
+async def store(request, redis_url):
+    async with opened(request.param, redis_url) as store:
+        yield store
 
 
 @pytest.fixture
@@ -99,7 +109,7 @@ class TestPrefixIndex:
             await index.publish(A, CHAIN[length : length + 1], [])
 
     async def test_many_workers_that_hold_any_length_are_told_apart(self, index):
-        workers = [WorkerKey(f"w{number}", number) for number in range(3 * SHARDS)]
+        workers = [WorkerKey(f"w{number}", number) for number in range(6 * len(SHARDS))]
         held = {worker: (7 * worker.epoch) % (len(CHAIN) + 1) for worker in workers}
         for worker in workers:
             await begun(index, worker, CHAIN[: held[worker]])
@@ -146,16 +156,16 @@ class TestPrefixIndex:
         assert await index.locate(CHAIN, [A, reborn]) == {A: len(CHAIN), reborn: 1}
 
     async def test_entries_of_a_dead_epoch_are_swept_by_others_and_nothing_is_left(self, store, index):
-        dead = [WorkerKey(f"dead{number}", number) for number in range(3 * SHARDS)]
+        dead = [WorkerKey(f"dead{number}", number) for number in range(6 * len(SHARDS))]
         for worker in dead:
             await begun(index, worker, CHAIN)
         await begun(index, A, CHAIN)
         await store.pass_time(DEAD_AFTER_S - 1)
-        for _ in range(SHARDS):
+        for _ in range(len(SHARDS)):
             assert await index.renew(A)
         assert await store.entries() == len(dead) + 1
         await store.pass_time(2)
-        for _ in range(SHARDS):
+        for _ in range(len(SHARDS)):
             assert await index.renew(A)
         assert await store.entries() == 1
         assert await index.locate(CHAIN, [A]) == {A: len(CHAIN)}
@@ -227,3 +237,67 @@ class TestPrefixIndex:
     async def test_forgetting_twice_or_nobody_is_no_error(self, index):
         await index.forget(A)
         await index.forget(A)
+
+
+# Three chains, two of which share a beginning, and three incarnations of two workers.
+FORK = CHAIN[:3] + chain_hashes(list(range(100, 120)), block_size=4, root=CHAIN[2])
+TREE = [CHAIN[:8], FORK, OTHER_CHAIN[:5]]
+KEYS = [WorkerKey("a", 1), WorkerKey("a", 2), WorkerKey("b", 1)]
+
+steps = st.tuples(
+    st.sampled_from(["begin", "publish", "publish", "evict", "renew", "forget", "lose"]),
+    st.sampled_from(KEYS),
+    st.sampled_from(TREE),
+    st.integers(0, 8),
+)
+
+
+@pytest.mark.parametrize("kind", ["memory", *KINDS])
+@given(history=st.lists(steps, max_size=30))
+@settings(max_examples=25)
+def test_after_any_history_the_answer_is_that_of_a_simple_model(redis_url, kind, history):
+    asyncio.run(follow(history, kind, redis_url))
+
+
+async def follow(history, kind, redis_url):
+    """Do the same to an index and to a model: the blocks of each incarnation that has begun."""
+    async with opened(kind, redis_url) as store:
+        model = {}
+        for step, worker, chain, length in history:
+            await follow_step(store, model, step, worker, chain, length)
+        for chain in TREE:
+            expected = {key: leading(chain, model.get(key, set())) for key in KEYS}
+            assert await store.index.locate(chain, KEYS) == expected
+
+
+async def follow_step(store, model, step, worker, chain, length):
+    match step:
+        case "begin":
+            await store.index.begin(worker)
+            model[worker] = set()
+        case "publish":
+            assert await store.index.publish(worker, chain[:length], []) == (worker in model)
+            if worker in model:
+                model[worker] |= set(chain[:length])
+        case "evict":
+            gone = with_followers(set(chain[length:]))
+            assert await store.index.publish(worker, [], sorted(gone)) == (worker in model)
+            if worker in model:
+                model[worker] -= gone
+        case "renew":
+            assert await store.index.renew(worker) == (worker in model)
+        case "forget":
+            await store.index.forget(worker)
+            model.pop(worker, None)
+        case "lose":
+            await store.lose_everything()
+            model.clear()
+
+
+def with_followers(blocks):
+    """What a worker holds is closed: what follows an evicted block in any chain is evicted too."""
+    return blocks.union(*(chain[leading(chain, set(chain) - blocks) :] for chain in TREE))
+
+
+def leading(chain, held):
+    return next((number for number, block in enumerate(chain) if block not in held), len(chain))
