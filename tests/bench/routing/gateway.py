@@ -10,7 +10,6 @@ from heapq import heappop, heappush
 from router.route import route
 from router.state import Route, RouteOptions, RouteRequest
 from services.core.worker_report import WorkerReport
-from services.gateway.attempts import PAUSE_MAX_S, PAUSE_MIN_S
 from services.gateway.cluster_view import ClusterView
 from services.gateway.expected_cache import Noted
 from services.gateway.in_flight import Part
@@ -19,6 +18,7 @@ from tests.bench.routing.timeline import Timeline, immediate
 from tests.bench.routing.worker import MODEL, Store
 
 REFRESH_S = 0.1  # as GatewayConfig.membership_poll_s
+PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 0.2  # between two looks for room
 
 
 class _NoConnections:
