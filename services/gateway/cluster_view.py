@@ -39,6 +39,8 @@ SUSPICION_S = 3.0
 HEARD_AGAIN_S = 0.5
 # Of reports that did not change: several of the worker's periods, and more than a timeout of Redis.
 SILENT_S = 1.25
+# An index that did not answer (of a Redis Cluster one node may be gone) is not waited for again for so long.
+INDEX_PAUSE_S = 1.0
 # Workers publish their caches again when Redis is back: they look every 5 s whether their entries are there.
 REPUBLISH_S = 6.0
 # A request that waits for room asks where its prefix is cached many times a second, always with the
@@ -82,6 +84,7 @@ class ClusterView:
         self._store_answers = True
         self._other_models: dict[str, str] = {}  # by id of a worker that is left out for its model
         self._chain_hashes = lru_cache(CHAINS_KEPT)(_chain_hashes)
+        self._index_asked_from = -math.inf
         self._republished_at = -math.inf  # until then the index may lack what workers hold
         self.in_flight = InFlight(clock)
         self.on_refresh: Callable[[], None] = lambda: None  # after every fresh snapshot
@@ -241,9 +244,10 @@ class ClusterView:
 
     async def _blocks(self, chain: Sequence[bytes], workers: Sequence[WorkerKey]) -> dict[WorkerKey, int]:
         try:
-            blocks = await self._index.locate(chain, workers) if self._store_answers else {}
+            asks = self._store_answers and self._clock.now() >= self._index_asked_from
+            blocks = await self._index.locate(chain, workers) if asks else {}
         except StoreUnavailable:
-            blocks = {}
+            blocks, self._index_asked_from = {}, self._clock.now() + INDEX_PAUSE_S
         if not blocks or self._clock.now() < self._republished_at:
             for worker, kept in self.expected_cache.kept(chain, workers).items():
                 blocks[worker] = max(kept, blocks.get(worker, 0))

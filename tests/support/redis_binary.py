@@ -45,8 +45,8 @@ def _version(binary: Path) -> int:
 def _fetch(folder: Path) -> None:
     """Make `folder`, with an executable `run` in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _new_folder(folder) as new:
-        for package in _downloaded(new / "packages"):
+    with _new_folder(folder) as new, tempfile.TemporaryDirectory() as downloads:
+        for package in _downloaded(Path(downloads) / "packages"):
             _run(["dpkg-deb", "-x", str(package), str(new)])
         libraries = ":".join(f"$here/{path.relative_to(new)}" for path in (new / "usr/lib").glob("*-linux-*"))
         launcher = new / "run"

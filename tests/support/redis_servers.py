@@ -10,7 +10,7 @@ from redis import asyncio as redis_asyncio
 from redis.exceptions import ResponseError
 
 from services.store.embedded import EmbeddedValkey, free_port
-from tests.support.redis_binary import redis_server
+from tests.support.redis_binary import NoRedis, redis_server
 
 SLOTS = 16_384
 NODES = 3
@@ -87,6 +87,7 @@ class RedisServers:
     def __init__(self) -> None:
         self._started = ExitStack()
         self._urls: dict[str, str] = {}
+        self._missing: dict[str, NoRedis] = {}
 
     def __enter__(self) -> "RedisServers":
         return self
@@ -96,8 +97,14 @@ class RedisServers:
 
     def url(self, kind: str) -> str:
         """Of the one server of this kind. Raises NoRedis."""
+        if kind in self._missing:
+            raise self._missing[kind]  # what could not be fetched is not fetched again for every test
         if kind not in self._urls:
-            self._urls[kind] = self._started.enter_context(KINDS[kind]()).url
+            try:
+                self._urls[kind] = self._started.enter_context(KINDS[kind]()).url
+            except NoRedis as error:
+                self._missing[kind] = error
+                raise
         return self._urls[kind]
 
 

@@ -10,7 +10,14 @@ from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import ManualClock
 from services.core.worker_report import sequence_tag
 from services.gateway import cluster_view
-from services.gateway.cluster_view import LEASE_GRACE_S, REPUBLISH_S, SILENT_S, SUSPICION_S, ClusterView
+from services.gateway.cluster_view import (
+    INDEX_PAUSE_S,
+    LEASE_GRACE_S,
+    REPUBLISH_S,
+    SILENT_S,
+    SUSPICION_S,
+    ClusterView,
+)
 from services.gateway.expected_cache import PUBLISHED_S
 from services.gateway.memory_worker_client import MemoryWorkerClient
 from services.gateway.worker_client import OutputToken, PrefillResult, Started
@@ -285,6 +292,18 @@ class TestLocate:
         await world.announce(D1)
         world.index.available = False
         assert await world.view.locate(list(range(40)), "") == ({"d1": 0}, {})
+
+    async def test_an_index_that_does_not_answer_is_not_waited_for_by_every_request(self, world) -> None:
+        await world.announce(D1)
+        tokens = list(range(40))
+        await world.index.begin(D1.key)
+        await world.index.publish(D1.key, chain_hashes(tokens, 16, chain_root(D1.compatibility, "")), [])
+        world.index.available = False
+        assert await world.view.locate(tokens, "") == ({"d1": 0}, {})
+        world.index.available = True
+        assert await world.view.locate(tokens, "") == ({"d1": 0}, {}), "not asked again yet"
+        world.clock.advance(INDEX_PAUSE_S)
+        assert await world.view.locate(tokens, "") == ({"d1": 32}, {})
 
     async def test_what_is_being_computed_counts_before_the_index_shows_it(self, world) -> None:
         small = Compatibility(model="m", revision="r", layout="l", block_size=4)
