@@ -248,6 +248,7 @@ class ClusterView:
             blocks = await self._index.locate(chain, workers) if asks else {}
         except StoreUnavailable:
             blocks, self._index_asked_from = {}, self._clock.now() + INDEX_PAUSE_S
+            self._republished_at = self._index_asked_from + REPUBLISH_S
         if not blocks or self._clock.now() < self._republished_at:
             for worker, kept in self.expected_cache.kept(chain, workers).items():
                 blocks[worker] = max(kept, blocks.get(worker, 0))

@@ -51,9 +51,9 @@ class Load:
     prefix_tokens: int = 320
     tail_tokens: int = 24
     answer_tokens: int = 6
-    per_second: float = 2.2
+    per_second: float = 3.0
     blocks: int = 240
-    rounds: int = 3
+    rounds: int = 4
 
 
 QUICK = Load(groups=6, prompts_each=3, rounds=1)

@@ -372,6 +372,18 @@ class TestLocate:
         world.clock.advance(REPUBLISH_S)
         assert await world.view.locate(tokens, "") == ({"d1": 0, "d2": 32}, {})
 
+    async def test_an_index_that_answers_again_is_not_believed_alone_at_once(self, world) -> None:
+        tokens = await self.served(world)
+        world.index.available = False
+        await world.view.locate(tokens, "")
+        world.index.available = True
+        world.index.lose_everything()
+        for found in (64, 0):
+            world.clock.advance(INDEX_PAUSE_S)
+            await world.announce(D1, D2)
+            assert await world.view.locate(tokens, "") == ({"d1": found, "d2": 0}, {})
+            world.clock.advance(REPUBLISH_S)
+
     async def test_another_incarnation_has_lost_its_cache_also_while_redis_is_away(self, world) -> None:
         tokens = await self.served(world)
         await world.announce(report("d1", "decode", epoch=2))
