@@ -157,13 +157,17 @@ class FairQueue(Generic[Item]):
         """It does not want its turn any more."""
         self._classes[item.priority].remove(item)
 
-    def tokens_ahead(self, priority: Priority, tenant: str, cost: int) -> float:
-        """About how many tokens go before a request that would come now: what its tenant has in the queue,
-        as much of each other tenant in its class, and of the other classes in proportion to the weights."""
+    def tokens_ahead_in_class(self, priority: Priority, tenant: str, cost: int) -> int:
+        """About how many tokens of its class go before a request that would come now: what its tenant has in
+        the queue, and as much of each other tenant."""
         own = self._classes[priority]
         before = own.tenants[tenant].tokens if tenant in own.tenants else 0
         others = (t.tokens for name, t in own.tenants.items() if name != tenant)
-        ahead = float(before + sum(min(tokens, before + cost) for tokens in others))
-        served = (ahead + cost) / own.weight
+        return before + sum(min(tokens, before + cost) for tokens in others)
+
+    def tokens_ahead(self, priority: Priority, tenant: str, cost: int) -> float:
+        """The same with those of the other classes, in proportion to the weights; as if nobody else came."""
+        ahead = self.tokens_ahead_in_class(priority, tenant, cost)
+        served = (ahead + cost) / self._classes[priority].weight
         rest = [one for p, one in self._classes.items() if p is not priority]
         return ahead + sum(min(one.tokens, served * one.weight) for one in rest)

@@ -60,9 +60,10 @@ class PlaceQueue:
         self._aside: list[Ticket] = []
         self._workerless_since: float | None = None  # of the whole fair queue
         self._throughput = Throughput()
+        self._throughput_of = {priority: Throughput() for priority in Priority}
         self._correction = Correction()
         self._counted_until = clock.now()  # `_throughput` knows the time until then,
-        self._was_waiting = False  # and whether anybody waited after it
+        self._waited: frozenset[Priority] = frozenset()  # and of which classes somebody waited after it
         self._woken = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None  # while somebody waits
 
@@ -122,7 +123,7 @@ class PlaceQueue:
         elif ticket.waiting:
             self._count_time()
             self._remove(ticket)
-            self._was_waiting = len(self) > 0
+            self._note_who_waits()
         self.wake()
 
     def note(self, ticket: Ticket, event: Event) -> None:
@@ -162,11 +163,20 @@ class PlaceQueue:
         return len({one.tenant for one in self})
 
     def wait_s(self, ticket: Ticket) -> float:
-        """How long it would wait if it came now."""
+        """How long it would wait if it came now: for all that goes before it at the pace of the queue, or for
+        those of its class at the pace of the class, whatever takes longer. A class that others overtake has
+        little before it that is here yet, but is slow."""
         if not len(self):
             return 0.0
-        ahead = self._fair.tokens_ahead(ticket.priority, ticket.tenant, ticket.cost)
-        return (ahead + sum(one.cost for one in self._apart)) / self.tokens_per_s(ticket)
+        asked = ticket.priority, ticket.tenant, ticket.cost
+        apart = sum(one.cost for one in self._apart)
+        apart_in_class = sum(one.cost for one in self._apart if one.priority is ticket.priority)
+        pace = self.tokens_per_s(ticket)
+        pace_of_class = self._throughput_of[ticket.priority].per_second(pace)
+        return max(
+            (self._fair.tokens_ahead(*asked) + apart) / pace,
+            (self._fair.tokens_ahead_in_class(*asked) + apart_in_class) / pace_of_class,
+        )
 
     def tokens_per_s(self, like: Ticket) -> float:
         """How fast the queue moves; before that was seen, by how long requests like this one take."""
@@ -215,7 +225,7 @@ class PlaceQueue:
             if oldest is None:
                 self._serve(sorted(self._aside, key=lambda one: (one.priority, one.since)))
                 self._serve_fairly()
-        self._was_waiting = len(self) > 0
+        self._note_who_waits()
 
     def _serve(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets[:TRIES_MAX]:
@@ -268,6 +278,7 @@ class PlaceQueue:
         self._metrics.queue_seconds.labels(ticket.priority.label).observe(waited_s)
         if waited_s > 0.0 or len(self):
             self._throughput.note_leave(ticket.cost)
+            self._throughput_of[ticket.priority].note_leave(ticket.cost)
 
     def _remove(self, ticket: Ticket, *, at_its_turn: bool = False) -> None:
         ticket.waiting = False
@@ -283,9 +294,15 @@ class PlaceQueue:
     def _count_time(self) -> None:
         """Before anything changes."""
         now = self._clock.now()
-        if self._was_waiting:
+        if self._waited:
             self._throughput.note_wait(now - self._counted_until)
+        for priority in self._waited:
+            self._throughput_of[priority].note_wait(now - self._counted_until)
         self._counted_until = now
+
+    def _note_who_waits(self) -> None:
+        """After it has changed."""
+        self._waited = frozenset(priority for priority in Priority if self.length(priority))
 
     async def _route_again(self, ticket: Ticket) -> None:
         """Its turn came long after it was asked what is cached for it."""
@@ -303,7 +320,7 @@ class PlaceQueue:
             error = self._overdue(ticket)
             if error is not None:
                 self._fail(ticket, error)
-        self._was_waiting = len(self) > 0
+        self._note_who_waits()
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         self._remove(ticket)

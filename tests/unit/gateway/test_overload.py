@@ -168,11 +168,12 @@ def test_keys_share_equally_however_much_each_sends() -> None:
 
 
 def test_high_priority_is_served_in_full_and_low_is_not_starved() -> None:
-    classes = overloaded(3.0, ONE_KEY, THREE_CLASSES).seen
-    high, low = classes["high"], classes["low"]
+    cluster = overloaded(3.0, ONE_KEY, THREE_CLASSES)
+    high, low, refused = cluster.seen["high"], cluster.seen["low"], cluster.all.refused
     assert high.good["all"] >= 0.98 * high.offered["all"]
     assert low.good["all"] >= 0.05 * low.offered["all"]
     assert sorted(high.first_token_s)[len(high.first_token_s) // 2] < 1.0
+    assert refused["late"] <= 0.2 * refused.total(), "low ones know that others will overtake them"
 
 
 def test_a_refusal_says_to_come_again_when_the_queue_has_moved_on() -> None:
