@@ -1,29 +1,43 @@
 """What each part of a request would cost on each worker, in milliseconds.
 
 With n prompt tokens, c(w) of them cached on w, e(w) >= c(w) that will be once w has computed what waits
-there, f(w) more that w fetches from another worker, and u(w) = max(1, n - e(w) - f(w)) to compute:
+there, f(w) more that w fetches from another worker, and u(w) = max(1, n - e(w) - f(w)) to compute, all by w's
+own step model:
 
     queue(w)     = step * steps + token * queued tokens(w) + token_context * queued context(w)
     prefill(w)   = step * steps + token * u(w) + token_context * context of u(w)
     fetch(w)     = fixed + f(w) * transfer ms per token, or 0 without a fetch
     transfer(D)  = fixed + (n - c(D)) * transfer ms per token
     decode(D)    = step + sequence * sequences(D) + context * context(D), with this request's choices
+    late(D)      = over_target * (decode(D) - its target), or 0 within the target
+    share(D)     = 1 - decode(D) without this request / target: of D's time what decoding leaves to prompts
 
-    prefill on P = queue(P) + fetch(P) + prefill(P)
-    decode on D  = transfer(D) + decode(D) + interference * queue(D) / 2
-    D alone      = queue(D) + fetch(D) + prefill(D) + decode(D) + interference * running(D) * prefill(D)
+    prefill on P = queue(P) + fetch(P) + prefill(P) + behind * waiting(P) * prefill(P)
+    decode on D  = transfer(D) + decode(D) + late(D) + interference * queue(D) / 2
+    D alone      = (queue(D) + prefill(D)) / share(D) + fetch(D) + decode(D) + late(D)
+                   + interference * (running(D) + coming(D)) * prefill(D)
+
+Queue, fetch and prefill are the time to the first token. The rest is what a choice costs others, or this
+request later; with these the least sum serves all best, not the one at hand:
+
+- What P computes delays whoever comes behind. How many will is seen in how many wait: a worker with a queue
+  stays busy, for as many again. So the more wait, the more it counts to compute little: prompts go where
+  their prefix is when workers are busy, and where they start at once when they are idle.
+- D's step time is felt by all its sequences. Within the target the workers differ by little; beyond it each
+  millisecond counts `over_target` times.
+- Prefills queued on D will interrupt this sequence there, but only half of them: D works them off while P
+  computes. Alone, D delays each sequence it decodes by this prefill, and those that come meanwhile by half
+  of it: coming(D) = prefill(D) / (2 * arrival). So short prompts, and those that D has cached, are
+  D's where P would not be faster, and D helps with longer ones when the prefill workers have long queues.
 
 Only the worker that computes finds what is coming: a decode worker takes its blocks at once, and nobody
 can lend what is not there yet. A fetch is part of an offer when it takes clearly less time than computing
 the same tokens would. Its source is the compatible worker that has most of the prompt; the load of the
 source decides only between equals, since the worker that fetches gives up in time
-(services/transfer/fetch.py).
+(services/transfer/fetch.py). So a hot prefix spreads: a worker without it that has less to do fetches it, and
+offers it from then on.
 
-Interference is delay that one sequence's prefill puts on another's decoding. Prefills queued on D
-will interrupt this sequence there, but only half of them: D works them off while P computes. For D
-alone it is this prefill that delays each of the sequences D is decoding, and those ahead of it in
-the queue are done by then. No term shrinks with any measure of load: more queue never makes a
-worker more attractive.
+No term shrinks with any measure of load: more of it never makes a worker more attractive.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +45,8 @@ from dataclasses import dataclass
 
 from router.state import NOTHING, Fetch, Offer, RouteOptions, RouteRequest, WorkerView
 from router.step_model import StepModel, average, context_of
+
+SHARE_MIN = 0.1  # of a step for prompts, however many sequences decode in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,38 +81,45 @@ class CostModel:
 
     def prefill(self, worker: WorkerView) -> Offer:
         fetch = self._fetch(worker)
+        prefill_ms = self._prefill_ms(worker, fetch)
         return Offer(
             worker=worker,
             part="prefill",
             cached_tokens=self.expected(worker),
             queue_ms=self._queue_ms(worker),
             fetch=fetch,
-            prefill_ms=self._prefill_ms(worker, fetch),
+            prefill_ms=prefill_ms,
+            interference_ms=self.options.behind * worker.waiting * prefill_ms,
         )
 
     def decode(self, worker: WorkerView) -> Offer:
         lacking = self.request.prompt_tokens - self.cached(worker)
+        decode_ms = self._decode_ms(worker)
         return Offer(
             worker=worker,
             part="decode",
             cached_tokens=self.cached(worker),
             transfer_ms=self.options.transfer_ms + lacking * self.options.transfer_ms_per_token,
-            decode_ms=self._decode_ms(worker),
+            decode_ms=decode_ms,
+            late_ms=self._late_ms(decode_ms),
             interference_ms=self.options.interference * self._queue_ms(worker) / 2,
         )
 
     def alone(self, worker: WorkerView) -> Offer:
         fetch = self._fetch(worker)
-        prefill_ms = self._prefill_ms(worker, fetch)
+        prefill_ms, decode_ms = self._prefill_ms(worker, fetch), self._decode_ms(worker)
+        share = self._prompts_share(worker)
+        delayed = worker.running + prefill_ms / (2 * self.options.arrival_ms)
         return Offer(
             worker=worker,
             part="alone",
             cached_tokens=self.expected(worker),
-            queue_ms=self._queue_ms(worker),
+            queue_ms=self._queue_ms(worker) / share,
             fetch=fetch,
-            prefill_ms=prefill_ms,
-            decode_ms=self._decode_ms(worker),
-            interference_ms=self.options.interference * worker.running * prefill_ms,
+            prefill_ms=prefill_ms / share,
+            decode_ms=decode_ms,
+            late_ms=self._late_ms(decode_ms),
+            interference_ms=self.options.interference * delayed * prefill_ms,
         )
 
     def cached(self, worker: WorkerView) -> int:
@@ -134,6 +157,16 @@ class CostModel:
         tokens = self.to_compute(worker, fetch)
         start = self.request.prompt_tokens - tokens
         return self._model(worker).prefill_ms(tokens, start, worker.chunk_tokens)
+
+    def _prompts_share(self, worker: WorkerView) -> float:
+        """Of the time of a worker's steps what decoding leaves to prompts: a block each step at least."""
+        if worker.running == 0:
+            return 1.0
+        decode_ms = self._model(worker).decode_ms(worker.running, worker.running_context)
+        return max(1 - decode_ms / self.options.decode_step_ms_target, SHARE_MIN)
+
+    def _late_ms(self, decode_ms: float) -> float:
+        return self.options.over_target * max(0.0, decode_ms - self.options.decode_step_ms_target)
 
     def _decode_ms(self, worker: WorkerView) -> float:
         """A step that decodes all who are here, in blocks or waiting for them, and this request."""

@@ -38,7 +38,7 @@ def route(
         return Route((_best(prefills, draw),), tuple(prefills), options.policy)
     pairs = _pairs(prefills, decodes, request, draw)
     if pairs:
-        alone = [offer for offer in alone if _may_be_alone(offer, request, options)]
+        alone = alone if options.policy == "cost" and options.split == "auto" else []
     choices = pairs + ([(_best(alone, draw),)] if alone else [])
     if not choices:
         return None
@@ -65,13 +65,6 @@ def _offers(
         scored(options.policy, [costs.decode(worker) for worker in decodes], request),
         scored(options.policy, [costs.alone(worker) for worker in decodes], request),
     )
-
-
-def _may_be_alone(offer: Offer, request: RouteRequest, options: RouteOptions) -> bool:
-    """Whether one worker alone competes with the pairs there are: only by cost can they be compared."""
-    computed = max(1, request.prompt_tokens - offer.ready_tokens)
-    by_cost = options.policy == "cost" and options.split == "auto"
-    return by_cost and computed <= options.local_prefill_tokens_max
 
 
 def _roomy(workers: list[WorkerView], request: RouteRequest, growing: int) -> list[WorkerView]:

@@ -54,16 +54,12 @@ class RouteOptions:
     """How to weigh costs.
 
     `split` "auto" compares P + D with D alone, "always" takes P + D where it can, "never" takes D
-    alone. In "auto", D alone competes only when D would have to compute at most
-    `local_prefill_tokens_max` tokens, or when no prefill worker can be paired with it: a long
-    prefill belongs on a prefill worker even when D happens to be idle, because D's next
-    sequences would wait for it. Only the policy "cost" can compare them; the others take P + D.
+    alone. Only the policy "cost" can compare them; the others take P + D where there is a pair.
     """
 
     policy: Policy = "cost"
 
     split: Split = "auto"
-    local_prefill_tokens_max: int = 64
     near_tie: float = 0.05  # of policy "cost": costs within this share of the least are equal: one is drawn
     # One more RPC and its confirmation; then 46 KB per token (30 layers, 3 KV heads, float32) at 1 GB/s.
     transfer_ms: float = 2.0
@@ -78,8 +74,14 @@ class RouteOptions:
     # average, and few workers are busy with steps of 100 ms, the target of mixed ones. Each token then
     # moves like any transfer's.
     fetch_ms: float = 20.0
-    # How much a millisecond that another sequence is delayed counts against one of our own.
+    # How much a millisecond that another sequence is delayed counts against one of our own: where it decodes
+    # on D; where it will come behind this one on P.
     interference: float = 1.0
+    behind: float = 1.0
+    arrival_ms: float = 2_000.0  # between two sequences that come to one decode worker, about
+    # A worker's mixed steps aim at as much (WorkerConfig.step_ms_target).
+    decode_step_ms_target: float = 100.0
+    over_target: float = 10.0
     # Until any worker has measured; a worker that has not is taken to be like the average of the others.
     assumed: StepModel = ASSUMED
 
@@ -105,7 +107,8 @@ class Offer:
     prefill_ms: float = 0.0  # the prompt's tokens that are neither cached nor fetched
     transfer_ms: float = 0.0  # KV that the decode worker lacks
     decode_ms: float = 0.0  # from KV in place to the first decode step's end
-    interference_ms: float = 0.0  # delay of decoding by prefills, others' or this one's (see router/cost.py)
+    late_ms: float = 0.0  # a decode step beyond its target, weighted
+    interference_ms: float = 0.0  # what prefills delay: others' this one, this one's others (router/cost.py)
     score: float = 0.0  # by the policy: the least wins
 
     @property
@@ -129,6 +132,7 @@ class Offer:
             ("prefill", self.prefill_ms),
             ("transfer", self.transfer_ms),
             ("decode", self.decode_ms),
+            ("late", self.late_ms),
             ("interference", self.interference_ms),
         ]
 

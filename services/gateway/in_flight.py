@@ -107,6 +107,7 @@ class InFlight:
             view,
             queued_prefill_tokens=view.queued_prefill_tokens + sum(p.prefill_tokens for p in fresh),
             queued_prefill_context=view.queued_prefill_context + sum(p.prefill_context for p in fresh),
+            waiting=view.waiting + sum(part.prefill_tokens > 0 for part in fresh if not part.sequences),
             running=max(0, running) + sum(part.sequences for part in fresh),
             running_context=max(0, running_context) + sum(part.context for part in fresh),
             blocks_available=max(0, blocks),

@@ -210,8 +210,8 @@ class Places:
 
     def _is_short(self, view: WorkerView) -> bool:
         model = view.model.completed(self._options.assumed) if view.model else self._options.assumed
-        queue_ms = model.tokens_ms(view.queued_prefill_tokens, view.queued_prefill_context)
-        return queue_ms <= self._limits.queue_ms_max
+        tokens, context = view.queued_prefill_tokens, view.queued_prefill_context
+        return model.queue_ms(tokens, context, view.chunk_tokens) <= self._limits.queue_ms_max
 
     def _holds_prompt(self, view: WorkerView, report: WorkerReport, request: RouteRequest) -> bool:
         needed = min(_blocks(request.prompt_tokens, view) + 1, report.blocks_total)

@@ -1,12 +1,16 @@
 """Our own work beside the reports: each part counts once, however late or long silent the reports are."""
 
+import random
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.state import Offer, Part, Route, WorkerView
+from router.route import route as route_of
+from router.state import Offer, Part, Route, RouteOptions, RouteRequest, WorkerView
 from router.step_model import StepModel, context_of
 from services.core.block_hash import Compatibility
 from services.core.clock import ManualClock
@@ -137,6 +141,50 @@ def test_a_burst_adds_up_and_never_below_zero_blocks(in_flight) -> None:
     with in_flight.sent(route("alone"), "r-1", 100, 1), in_flight.sent(route("alone"), "r-2", 100, 1):
         view = in_flight.applied_to(VIEW, age_s=0.0)
         assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (200, 2, 0)
+
+
+@pytest.fixture
+def running():
+    """Requests that have been sent and not ended."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def routed(running: ExitStack, in_flight: InFlight, views, cached, seq_id: str) -> Route:
+    """Where one of many equal requests goes; its work counts from then on."""
+    request = RouteRequest(prompt_tokens=500, max_tokens=10)
+    now = [in_flight.applied_to(view, age_s=0.0) for view in views]
+    chosen = route_of(request, cached, now, RouteOptions(split="always"), random.Random(seq_id))
+    running.enter_context(in_flight.sent(chosen, seq_id, 500, 1))
+    return chosen
+
+
+MODEL = StepModel(step=5.0, token=1.0, sequence=2.0)
+PREFILLS = [
+    WorkerView(id=f"p{n}", prefills=True, decodes=False, blocks_available=9_000, model=MODEL)
+    for n in range(4)
+]
+DECODES = [
+    WorkerView(id=f"d{n}", prefills=False, decodes=True, blocks_available=9_000, model=MODEL)
+    for n in range(4)
+]
+
+
+def test_a_burst_of_equal_requests_spreads(in_flight, running) -> None:
+    routes = [routed(running, in_flight, PREFILLS + DECODES, {}, f"r-{n}") for n in range(40)]
+    for count in (Counter(r.prefill for r in routes), Counter(r.decode for r in routes)):
+        assert set(count.values()) <= {9, 10, 11}
+        assert len(count) == 4
+
+
+def test_a_hot_prefix_is_copied_by_being_fetched(in_flight, running) -> None:
+    """Nobody computes it a second time: whoever lacks it and has less to do fetches it."""
+    cached = {"p0": 400}
+    for number in range(40):
+        computes = routed(running, in_flight, PREFILLS + DECODES, cached, f"r-{number}").computes
+        assert computes.ready_tokens >= 400
+        cached[computes.worker.id] = 400
+    assert sorted(cached) == ["p0", "p1", "p2", "p3"]
 
 
 @settings(max_examples=50)

@@ -33,9 +33,13 @@ def decode(name: str = "d", **changes):
     return report(name, "decode", model=SPEED, **changes)
 
 
-async def test_a_prompt_does_not_go_to_a_decode_worker_because_the_prefill_workers_are_busy() -> None:
-    assert await Cluster().find(LONG, prefill("p", 300), decode()) is Lack.QUEUE
+async def test_a_prompt_does_not_go_to_a_busy_decode_worker_because_the_prefill_workers_are_busy() -> None:
+    assert await Cluster().find(LONG, prefill("p", 300), decode(running=2)) is Lack.QUEUE
     assert await Cluster().find(LONG, prefill("p", blocks_free=3), decode()) is Lack.BLOCKS
+
+
+async def test_an_idle_decode_worker_helps_busy_prefill_workers() -> None:
+    assert await Cluster().find(LONG, prefill("p", 300), decode()) == (None, "d")
 
 
 async def test_without_prefill_workers_it_does() -> None:

@@ -55,10 +55,23 @@ def test_a_decode_worker_takes_its_blocks_before_anything_comes(cached, coming):
 def test_each_part_sums_the_documented_terms():
     load = {"queued_prefill_tokens": 50, "queued_prefill_context": 600, "running_context": 900}
     worker = replace(IDLE, running=3, waiting=2, **load)
-    costs = model(worker, cached=60, transfer_ms=1.0, transfer_ms_per_token=0.5)
+    costs = model(
+        worker,
+        cached=60,
+        transfer_ms=1.0,
+        transfer_ms_per_token=0.5,
+        behind=0.5,
+        interference=2.0,
+        arrival_ms=1_000.0,
+        decode_step_ms_target=16.0,
+        over_target=10.0,
+    )
     queue = 10 + 50 * 2 + 600 * 0.01
     prefill = 10 + 40 * 2 + sum(range(60, 100)) * 0.01
     decode = 10 + (3 + 2 + 1) * 1 + (900 + 100) * 0.001
-    assert costs.prefill(worker).cost_ms == pytest.approx(queue + prefill)
-    assert costs.decode(worker).cost_ms == pytest.approx((1 + 40 * 0.5) + decode + queue / 2)
-    assert costs.alone(worker).cost_ms == pytest.approx(queue + prefill + decode + 3 * prefill)
+    late = 10 * (decode - 16)
+    share = 1 - (10 + 3 * 1 + 900 * 0.001) / 16
+    assert costs.prefill(worker).cost_ms == pytest.approx(queue + prefill + 0.5 * 2 * prefill)
+    assert costs.decode(worker).cost_ms == pytest.approx((1 + 40 * 0.5) + decode + late + 2 * queue / 2)
+    delayed = 2 * (3 + prefill / 2_000) * prefill
+    assert costs.alone(worker).cost_ms == pytest.approx((queue + prefill) / share + decode + late + delayed)

@@ -16,6 +16,7 @@ from router.state import Policy, RouteOptions, RouteRequest, WorkerView
 from router.step_model import StepModel
 
 EXACT = RouteOptions(near_tie=0.0)
+PAIRS = replace(EXACT, split="always")
 LOADS = ("queued_prefill_tokens", "queued_prefill_context", "running", "running_context", "waiting")
 
 
@@ -89,7 +90,9 @@ options = st.builds(
     RouteOptions,
     policy=st.sampled_from(get_args(Policy)),
     split=st.sampled_from(["auto", "always", "never"]),
-    local_prefill_tokens_max=st.integers(0, 3_000),
+    arrival_ms=st.floats(10, 100_000),
+    behind=st.floats(0, 5),
+    interference=st.floats(0, 5),
 )
 seeds = st.integers(0, 2**32)
 
@@ -121,11 +124,8 @@ def legal_choices(request, cached, workers, options):
         and p.worker.compatibility == d.worker.compatibility
         and (p.worker.id, d.worker.id) not in request.apart
     ]
-    by_cost = options.policy == "cost" and options.split == "auto"
-    limit = options.local_prefill_tokens_max if by_cost else -1
-    return pairs + [
-        [offer] for offer in alone if not pairs or max(1, request.prompt_tokens - offer.ready_tokens) <= limit
-    ]
+    compared = options.policy == "cost" and options.split == "auto"
+    return pairs + [[offer] for offer in alone if compared or not pairs]
 
 
 def score(choice):
@@ -291,7 +291,14 @@ class TestSplit:
 
     def test_two_workers_of_both_roles_serve_as_each_others_half(self):
         workers = [worker("a", queued_prefill_tokens=1_000), worker("b")]
-        assert places(choose(workers)) == ("b", "a")
+        assert places(choose(workers, options=PAIRS)) == ("b", "a")
+
+    def test_a_decode_worker_helps_with_long_prompts_when_prefill_workers_have_long_queues(self):
+        def cluster(queued):
+            return [worker("p", "prefill", queued_prefill_tokens=queued), worker("d", "decode", running=2)]
+
+        assert places(choose(cluster(100))) == ("p", "d")
+        assert places(choose(cluster(3_000))) == (None, "d")
 
 
 class TestPolicies:
@@ -347,7 +354,7 @@ class TestFetch:
             worker("cold", "prefill"),
             worker("d", "decode"),
         ]
-        chosen = choose(workers, cached={"warm": 400})
+        chosen = choose(workers, cached={"warm": 400}, options=PAIRS)
         assert (chosen.prefill, chosen.computes.fetch.source, chosen.computes.fetch.tokens) == (
             "cold",
             "warm",
@@ -357,7 +364,7 @@ class TestFetch:
 
     def test_the_prefill_worker_fetches_the_last_turns_from_the_decode_worker(self):
         workers = [worker("p", "prefill"), worker("d", "decode")]
-        chosen = choose(workers, prompt=500, cached={"d": 320, "p": 64})
+        chosen = choose(workers, prompt=500, cached={"d": 320, "p": 64}, options=PAIRS)
         assert places(chosen) == ("p", "d")
         assert (chosen.computes.fetch.source, chosen.computes.fetch.tokens) == ("d", 256)
         assert choose(workers, prompt=500, cached={"d": 64, "p": 320}).computes.fetch is None
@@ -373,8 +380,8 @@ class TestFetch:
 
     def test_few_blocks_are_not_worth_a_fetch(self):
         workers = [worker("p", "prefill", model=speed(100.0)), worker("d", "decode", running=9)]
-        assert choose(workers, prompt=500, cached={"d": 63}).computes.fetch is None
-        assert choose(workers, prompt=500, cached={"d": 64}).computes.fetch.tokens == 64
+        assert choose(workers, prompt=500, cached={"d": 63}, options=PAIRS).computes.fetch is None
+        assert choose(workers, prompt=500, cached={"d": 64}, options=PAIRS).computes.fetch.tokens == 64
 
     def test_a_fast_model_computes_rather_than_fetches(self):
         def cluster(ms_per_token):
@@ -455,6 +462,31 @@ class TestChoice:
             route(request, {}, workers, options, random.Random(0), {"computing": 400}).prefill == "computing"
         )
 
+    def test_the_more_prompts_wait_the_more_a_cached_prefix_attracts(self):
+        """Both would give the first token at about the same time; who computes less delays others less."""
+
+        def cluster(waiting):
+            load = {"queued_prefill_tokens": 500, "waiting": waiting}
+            return [
+                worker("warm", "prefill", **{**load, "queued_prefill_tokens": 950}),
+                worker("cold", "prefill", **load),
+                worker("d", "decode"),
+            ]
+
+        options = replace(PAIRS, fetch=False)
+        assert choose(cluster(0), cached={"warm": 400}, options=options).prefill == "cold"
+        assert choose(cluster(3), cached={"warm": 400}, options=options).prefill == "warm"
+
+    def test_a_decode_worker_beyond_its_target_is_avoided(self):
+        workers = [
+            worker("p", "prefill"),
+            worker("slow", "decode", running=40, model=speed(sequence=2.0, step=20.0)),  # 102 ms, transfer 2
+            worker("fast", "decode", running=30, model=speed(sequence=2.0, step=20.0)),  # 82 ms, transfer 27
+        ]
+        assert choose(workers, cached={"slow": 500}, options=PAIRS).decode == "fast"
+        unaware = replace(PAIRS, over_target=0.0)
+        assert choose(workers, cached={"slow": 500}, options=unaware).decode == "slow"
+
     def test_a_decode_worker_that_has_the_prefix_is_preferred(self):
         workers = [worker("p", "prefill"), worker("d1", "decode"), worker("d2", "decode")]
         chosen = choose(workers, cached={"d2": 160, "p": 320})
@@ -486,7 +518,7 @@ class TestChoice:
             worker("new-p", "prefill", compatibility="new", queued_prefill_tokens=500),
             worker("new-d", "decode", compatibility="new"),
         ]
-        assert places(choose(workers)) == ("new-p", "new-d")
+        assert places(choose(workers, options=PAIRS)) == ("new-p", "new-d")
         assert places(choose([workers[0], workers[2]])) == (None, "new-d")
 
     def test_a_worker_without_measurements_is_taken_to_be_average(self):
@@ -506,7 +538,7 @@ class TestChoice:
 
     def test_time_to_first_token_is_queue_and_uncached_prefill(self):
         workers = [worker("p", "prefill", queued_prefill_tokens=70), worker("d", "decode")]
-        assert choose(workers, cached={"p": 400}).expected_ttft_ms == 70 + 100
+        assert choose(workers, cached={"p": 400}, options=PAIRS).expected_ttft_ms == 70 + 100
 
     def test_a_fully_cached_prompt_still_computes_one_token(self):
         assert choose([worker("d", "decode")], cached={"d": 500}).expected_ttft_ms == 1.0
@@ -542,6 +574,6 @@ class TestChoice:
 
     def test_reasons_show_the_numbers(self):
         workers = [worker("p", "prefill", queued_prefill_tokens=70), worker("d", "decode")]
-        first, second = choose(workers, cached={"p": 400}).reasons
+        first, second = choose(workers, cached={"p": 400}, options=PAIRS).reasons
         assert first == "* prefill on p: 170.0 ms (queue 70.0 + prefill 100.0, 400 tokens cached)"
         assert second == "* decode on d: 29.0 ms (transfer 27.0 + decode 2.0)"
