@@ -1,13 +1,14 @@
 """A gateway is killed: its clients lose their connections, and nothing else is lost.
 
-Two gateways share the workers and one Valkey. A retry at the other one finds the prompt in the prefix
-cache, because what the workers hold is known to every gateway.
+Two gateways share the workers and one Valkey, or a Redis Cluster. A retry at the other one finds the
+prompt in the prefix cache, because what the workers hold is known to every gateway.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -54,9 +55,12 @@ class Gateway:
             return False
 
 
-@pytest.fixture
-def cluster(clusters: Clusters) -> RunningCluster:
-    return clusters.get_only(SPEC)
+@pytest.fixture(params=["embedded", "redis cluster"])
+def cluster(
+    request: pytest.FixtureRequest, clusters: Clusters, redis_url: Callable[[str], str]
+) -> RunningCluster:
+    redis = "" if request.param == "embedded" else redis_url(request.param)
+    return clusters.get_only(replace(SPEC, redis=redis))
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ class ClusterSpec:
     blocks: int  # KV blocks per worker
     transports: str = "nixl,grpc"  # of KV, of all workers
     drain_grace_s: float = 10.0  # of all workers
+    redis: str = ""  # URL; without one `up` starts a Valkey
 
 
 class RunningCluster:
@@ -53,6 +54,7 @@ class RunningCluster:
         self.home = home
         arguments = ["up", "--port", "0", "--prefill", str(spec.prefill), "--decode", str(spec.decode)]
         arguments += ["--blocks", str(spec.blocks), "--threads", "1", "--model", str(model)]
+        arguments += ["--redis", spec.redis] if spec.redis else []
         command = [sys.executable, "-m", "services.launch.cli", *arguments]
         environment = {
             **os.environ,

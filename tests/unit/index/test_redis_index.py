@@ -16,6 +16,7 @@ from services.core.errors import StoreFull, StoreUnavailable
 from services.core.worker_report import WorkerKey
 from services.index.redis_index import SHARDS, RedisPrefixIndex
 from services.store.embedded import EmbeddedValkey
+from tests.support.redis_binary import redis_server
 from tests.support.redis_servers import SLOTS, RedisCluster
 
 CHAIN = chain_hashes(list(range(64)), block_size=4, root=b"root")
@@ -108,8 +109,10 @@ async def test_a_block_takes_less_than_a_hundred_bytes(redis_url, kind):
     await index.close()
 
 
-async def test_a_server_without_memory_refuses_blocks_and_still_does_everything_else():
-    with EmbeddedValkey(flags=["--maxmemory", "8mb"]) as small:
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+async def test_a_server_without_memory_refuses_blocks_and_still_does_everything_else(redis_url, kind):
+    redis_url(kind)  # skips where there is none
+    with EmbeddedValkey(redis_server() if kind == "redis" else None, ["--maxmemory", "8mb"]) as small:
         index = RedisPrefixIndex(small.url, timeout_s=5.0)
         await hold(index, A)
         for worker in WORKERS[1:]:

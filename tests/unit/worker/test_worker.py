@@ -29,6 +29,7 @@ from tests.unit.transfer.test_prefix_fetch import SlowToEnd
 
 GRACE_S = 1.0
 BLOCKS = 8_192
+INDEX_BLOCKS_MAX = 20
 ENDLESS = 10_000  # tokens of an answer that no test waits for
 
 
@@ -67,6 +68,7 @@ class Subject:
             drain_grace_s=grace_s,
             drain_handover_s=GRACE_S / 2,
             step_overdue_s=0.2,
+            index_blocks_max=INDEX_BLOCKS_MAX,
         )
         surroundings = Surroundings(
             self.index,
@@ -229,6 +231,14 @@ async def test_a_cancelled_prefill_gives_no_block_up_while_its_fetch_may_still_w
         assert subject.engine.sequences == 1, "the blocks may be reused under the fetch"
         transport.written.set()
         await subject.engine.idle.wait()
+
+
+async def test_the_index_is_told_of_as_many_blocks_as_configured(subject: Subject) -> None:
+    await subject.submit("long")
+    async with asyncio.timeout(10):
+        while subject.tokens < 8 * INDEX_BLOCKS_MAX:  # twice as many blocks of 4 tokens
+            await asyncio.sleep(0.01)
+    assert subject.index.blocks == INDEX_BLOCKS_MAX
 
 
 async def test_an_absent_membership_ends_no_incarnation(subject: Subject) -> None:
