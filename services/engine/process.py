@@ -79,6 +79,7 @@ def _build(setup: EngineSetup, pool: memoryview) -> Engine:
         pool[: setup.geometry.bytes],
         threads=setup.threads,
         device=setup.device,
+        quantization=setup.compatibility.quantization,
     )
     return Engine(
         runner,

@@ -40,6 +40,7 @@ class ClusterPlan:
     model: Path
     dtype: str
     logs: Path | None
+    quantization: str = "none"  # of the weights
     redis: str = ""  # empty: an embedded Valkey
     threads: int = 0  # per worker; 0: an equal share of the cores
     blocks: int = 0  # KV blocks per worker; 0: the worker's default
@@ -138,7 +139,8 @@ class LocalCluster:
         workers = self._plan.prefill + self._plan.decode
         threads = self._plan.threads or threads_per_worker(usable_cores(), workers)
         flags = ["--role", role, "--worker-id", worker_id, *self._common_flags()]
-        flags += ["--dtype", self._plan.dtype, "--threads", str(threads)]
+        flags += ["--dtype", self._plan.dtype, "--quantization", self._plan.quantization]
+        flags += ["--threads", str(threads)]
         flags += ["--blocks", str(self._plan.blocks)] if self._plan.blocks else []
         environment = {**self._environment("worker"), **thread_environment(threads)}
         self._worker_ids.add(worker_id)

@@ -26,6 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--model", default="", help="GGUF file or Hugging Face folder (default: SmolLM2-135M)"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8"], help="of the weights")
     parser.add_argument("--redis", default="", metavar="URL", help="a Redis to use (default: start a Valkey)")
     parser.add_argument(
         "--threads", type=positive, default=0, metavar="N", help="per worker (default: a share)"
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         port=chosen_port,
         model=resolve_model(arguments.model, display),
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         logs=None if arguments.verbose else diptych_home() / "logs",
         redis=arguments.redis,
         threads=arguments.threads,

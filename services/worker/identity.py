@@ -16,6 +16,8 @@ from services.worker.config import WorkerConfig
 from services.worker.transports import parse_transports
 
 _BLOCK_SIZE_MAX = 512
+# The scheme that an option stands for: another scheme gives other numbers, so it needs another name.
+_QUANTIZATIONS = {"none": "none", "int8": "int8-g32"}  # 8 bits, groups of 32 inputs: kernels/cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
         compatibility=Compatibility(
             model=served_model,
             revision=files.revision(),
+            quantization=_QUANTIZATIONS[config.quantization],
             kv_dtype=config.dtype,
             block_size=config.block_size,
             layout=geometry.layout,

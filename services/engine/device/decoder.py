@@ -7,26 +7,33 @@
 Source: Touvron et al., "LLaMA", 2023; the variations are those of Mistral, Qwen2, Qwen3 and Llama 3.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ops
-from services.engine.device.batch import Batch
+from services.engine.device.batch import Batch, build_batch
 from services.engine.device.weights import LayerWeights, Weights
+from services.engine.runner import Row
 from services.model.config import ModelConfig
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: Weights, pool: Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights[Tensor], pool: Tensor) -> None:
         """pool: contiguous, finite [blocks, layers, 2, kv_heads, block_size, head_dim] on the same device."""
         self._config = config
         self._weights = weights
         self._pool = pool
         self._frequencies = rope_frequencies(config).to(pool.device)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Writes the batch's KV into the pool; float32 [sampled rows, vocab]."""
+    def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
+        """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
+        batch = build_batch(rows, self._pool, self._config.sliding_window)
+        return batch.sampled, self._logits(batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
         eps = self._config.rms_norm_eps
         hidden = F.embedding(batch.tokens, self._weights.embedding)
         angles = ops.rope_angles(batch.positions, self._frequencies, hidden.dtype)
@@ -39,7 +46,7 @@ class Decoder:
         return ops.linear(last, self._weights.unembedding).float()
 
     def _attention(
-        self, index: int, layer: LayerWeights, x: Tensor, angles: tuple[Tensor, Tensor], batch: Batch
+        self, index: int, layer: LayerWeights[Tensor], x: Tensor, angles: tuple[Tensor, Tensor], batch: Batch
     ) -> Tensor:
         c = self._config
         qkv = ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, c.head_dim)

@@ -1,16 +1,19 @@
-"""TorchRunner: the ModelRunner that computes a real model with torch, on a CPU or a CUDA device."""
+"""TorchRunner: the ModelRunner that computes a real model, with torch on a CPU or a CUDA device, or
+quantised with the kernels of kernels/cpu.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from services.core.errors import ConfigError
-from services.engine.device.batch import Batch, build_batch
 from services.engine.device.decoder import Decoder
+from services.engine.device.int8_decoder import load_int8_decoder
 from services.engine.device.sampler import sample_tokens
-from services.engine.device.weights import load_weights
+from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.engine.runner import Row
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles
@@ -19,10 +22,17 @@ from services.model.pool_geometry import DTYPE_BYTES, PoolGeometry
 _DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 
-class TorchRunner:
-    """Weights, activations and KV all have the geometry's dtype.
+class Computation(Protocol):
+    def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
+        """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
+        ...
 
-    On a CPU with float32, a row's numbers do not depend on the other rows of its batch.
+
+class TorchRunner:
+    """Weights, activations and KV all have the geometry's dtype, unless the weights are quantised.
+
+    On a CPU with float32, a row's numbers do not depend on the other rows of its batch; quantised, not
+    on how its prompt was cut into chunks either.
     """
 
     def __init__(
@@ -33,34 +43,34 @@ class TorchRunner:
         *,
         threads: int,
         device: str = "cpu",
+        quantization: str = "none",
     ) -> None:
         """Loads the model, which takes seconds.
 
         `pool` is memory shared with the I/O process, of geometry.bytes zeros (CPU only); None: the
-        runner allocates the pool on its device. `threads` are this process's CPU threads for torch.
+        runner allocates the pool on its device. `threads` are this process's CPU threads for computing.
 
-        Raises ModelFileError, or ConfigError if the geometry is not the model's.
+        Raises ModelFileError, or ConfigError if the geometry is not the model's or the quantisation is
+        not possible here.
         """
         _check_geometry(files.config, geometry)
         _set_threads(threads)
         self.pool = _pool_tensor(geometry, pool, device)
-        weights = load_weights(files, self.pool.dtype, self.pool.device)
-        self._window = files.config.sliding_window
-        self._decoder = Decoder(files.config, weights, self.pool)
+        self._decoder = _decoder(files, self.pool, threads, quantization)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[list[int]]:
         """Writes the rows' KV; the sampled tokens of each row, one per sample."""
         if not rows:
             return []
-        batch, logits = self._compute(rows)
-        samples = [sample for index in batch.sampled for sample in rows[index].samples]
-        places = [place for place, index in enumerate(batch.sampled) for _ in rows[index].samples]
+        sampled, logits = self._decoder.compute(rows)
+        samples = [sample for index in sampled for sample in rows[index].samples]
+        places = [place for place, index in enumerate(sampled) for _ in rows[index].samples]
         if len(samples) > len(logits):  # several choices are drawn from the logits of one row
             logits = logits[places]
         tokens: list[list[int]] = [[] for _ in rows]
         for place, token in zip(places, sample_tokens(logits, samples), strict=True):
-            tokens[batch.sampled[place]].append(token)
+            tokens[sampled[place]].append(token)
         if self.pool.is_cuda:
             torch.cuda.synchronize(self.pool.device)  # readers of the pool wait for no stream of ours
         return tokens
@@ -74,13 +84,15 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Writes the rows' KV; float32 [sampled rows, vocab], in the order of the rows."""
-        batch, logits = self._compute(rows)
-        order = sorted(range(len(batch.sampled)), key=batch.sampled.__getitem__)
+        sampled, logits = self._decoder.compute(rows)
+        order = sorted(range(len(sampled)), key=sampled.__getitem__)
         return logits[order]
 
-    def _compute(self, rows: Sequence[Row]) -> tuple[Batch, Tensor]:
-        batch = build_batch(rows, self.pool, self._window)
-        return batch, self._decoder.logits(batch)
+
+def _decoder(files: ModelFiles, pool: Tensor, threads: int, quantization: str) -> Computation:
+    if quantization != "none":
+        return load_int8_decoder(files, pool, threads)
+    return Decoder(files.config, load_weights(files, pool.dtype, pool.device, TORCH_PACKING), pool)
 
 
 def _check_geometry(config: ModelConfig, geometry: PoolGeometry) -> None:

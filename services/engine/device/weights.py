@@ -3,7 +3,9 @@
 Fused tensors are filled part by part: beside the finished weights only one file tensor is in memory.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,32 +17,47 @@ from services.engine.device.tensor_source import TensorSource
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles
 
+P = TypeVar("P")  # a projection in the form that its kernel takes
+
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Projections are in the form of `ops.pack_weight`; the shapes are those before packing."""
+class Packing(Generic[P]):
+    """How projections, float [outputs, inputs], get their form."""
+
+    projection: Callable[[Tensor], P]
+    gate_up: Callable[[Tensor], P]  # of gate, then up
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights(Generic[P]):
+    """The shapes of projections are those before packing."""
 
     attention_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
+    qkv: P  # [(heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
     qkv_bias: Tensor | None  # [(heads + 2 * kv_heads) * head_dim]
     qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
-    attention_output: Tensor  # [hidden, heads * head_dim]
+    attention_output: P  # [hidden, heads * head_dim]
     mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 * intermediate, hidden]: gate, then up
-    down: Tensor  # [hidden, intermediate]
+    gate_up: P  # [2 * intermediate, hidden]: gate, then up
+    down: P  # [hidden, intermediate]
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class Weights(Generic[P]):
     embedding: Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights[P], ...]
     final_norm: Tensor  # [hidden]
-    unembedding: Tensor  # [vocab, hidden], packed
+    unembedding: P  # [vocab, hidden]
 
 
-def load_weights(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Weights:
+TORCH_PACKING = Packing(ops.pack_weight, ops.pack_weight)
+
+
+def load_weights(
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, packing: Packing[P]
+) -> Weights[P]:
     """Raises ModelFileError, naming the tensor and the file, for a missing, misshapen or unsupported one."""
-    return _Loader(files.config, _source(files), dtype, device).weights()
+    return _Loader(files.config, _source(files), dtype, device, packing).weights()
 
 
 def _source(files: ModelFiles) -> TensorSource:
@@ -49,16 +66,22 @@ def _source(files: ModelFiles) -> TensorSource:
     return SafetensorsSource(files.weight_files)
 
 
-class _Loader:
+class _Loader(Generic[P]):
     def __init__(
-        self, config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        packing: Packing[P],
     ) -> None:
         self._config = config
         self._source = source
         self._dtype = dtype
         self._device = device
+        self._packing = packing
 
-    def weights(self) -> Weights:
+    def weights(self) -> Weights[P]:
         c = self._config
         embedding = self._fused(["model.embed_tokens.weight"], [c.vocab_size], c.hidden_size)
         output = embedding
@@ -68,10 +91,10 @@ class _Loader:
             embedding=embedding,
             layers=tuple(self._layer(f"model.layers.{index}.") for index in range(c.layers)),
             final_norm=self._fused(["model.norm.weight"], [c.hidden_size]),
-            unembedding=ops.pack_weight(output),
+            unembedding=self._packing.projection(output),
         )
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer(self, prefix: str) -> LayerWeights[P]:
         c = self._config
         attention = prefix + "self_attn."
         qkv_names = [f"{attention}{part}_proj" for part in "qkv"]
@@ -87,7 +110,9 @@ class _Loader:
                 [attention + "o_proj.weight"], [c.hidden_size], c.heads * c.head_dim
             ),
             mlp_norm=self._fused([prefix + "post_attention_layernorm.weight"], [c.hidden_size]),
-            gate_up=self._packed(gate_up_names, [c.intermediate_size] * 2, c.hidden_size),
+            gate_up=self._packing.gate_up(
+                self._fused(gate_up_names, [c.intermediate_size] * 2, c.hidden_size)
+            ),
             down=self._packed([down_name], [c.hidden_size], c.intermediate_size),
         )
 
@@ -98,8 +123,8 @@ class _Loader:
         q, k = both.view(2, c.head_dim)
         return torch.cat((q.expand(c.heads, -1), k.expand(c.kv_heads, -1)))
 
-    def _packed(self, names: list[str], rows: list[int], columns: int) -> Tensor:
-        return ops.pack_weight(self._fused(names, rows, columns))
+    def _packed(self, names: list[str], rows: list[int], columns: int) -> P:
+        return self._packing.projection(self._fused(names, rows, columns))
 
     def _fused(self, names: list[str], rows: list[int], *columns: int) -> Tensor:
         """File tensors of shape [rows, *columns] below each other, on the device."""

@@ -44,7 +44,14 @@ def test_up_has_one_worker_of_each_role_by_default() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--decode", "0"], ["--prefill", "-1"], ["--port", "70000"], ["--threads", "x"], ["--dtype", "int1"]],
+    [
+        ["--decode", "0"],
+        ["--prefill", "-1"],
+        ["--port", "70000"],
+        ["--threads", "x"],
+        ["--dtype", "int1"],
+        ["--quantization", "int3"],
+    ],
 )
 def test_up_refuses_impossible_numbers(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

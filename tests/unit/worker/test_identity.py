@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from services.core.block_hash import chain_root
 from services.core.errors import ConfigError
 from services.worker.config import WorkerConfig
 from services.worker.identity import identify
@@ -29,6 +30,12 @@ def test_every_start_is_a_new_incarnation_of_the_same_model(config: WorkerConfig
     one, two = identify(config), identify(config)
     assert one.key != two.key
     assert one.compatibility == two.compatibility
+
+
+def test_quantised_weights_have_blocks_of_their_own(config: WorkerConfig) -> None:
+    exact, quantised = identify(config), identify(replace(config, quantization="int8"))
+    assert exact.compatibility.differences(quantised.compatibility) == ["quantization: none != int8-g32"]
+    assert chain_root(exact.compatibility) != chain_root(quantised.compatibility)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from services.core.errors import ModelFileError
 from services.engine.device.gguf_weights import GgufSource, gguf_name
-from services.engine.device.weights import load_weights
+from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.model.files import open_model
 from tests.unit.engine.device.tiny_models import Driver, open_runner, random_model
 
@@ -112,7 +112,7 @@ def test_a_bad_safetensors_tensor_is_named_with_its_file(
     name = "model.layers.1.mlp.down_proj.weight"
     resave(tmp_path, {name: tensor})
     with pytest.raises(ModelFileError, match=problem) as caught:
-        load_weights(open_model(tmp_path), torch.float32, CPU)
+        load_weights(open_model(tmp_path), torch.float32, CPU, TORCH_PACKING)
     assert name in caught.value.message
     assert str(tmp_path) in caught.value.message
 
@@ -129,6 +129,6 @@ def test_a_bad_gguf_tensor_is_named_with_its_file(
     path = write_gguf(tmp_path, tmp_path / "model.gguf", "qwen2")
     assert config_of_whole.config.layers == open_model(path).config.layers
     with pytest.raises(ModelFileError, match=problem) as caught:
-        load_weights(open_model(path), torch.float32, CPU)
+        load_weights(open_model(path), torch.float32, CPU, TORCH_PACKING)
     assert "blk.2.attn_output.weight" in caught.value.message
     assert str(path) in caught.value.message

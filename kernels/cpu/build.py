@@ -1,0 +1,105 @@
+"""The C++ kernels as a shared library, built by this machine's compiler when it is first needed.
+
+The file's name has a digest of everything it is made from: sources, compiler, flags and the level of the
+processor. Processes that start at once may each build it; a finished file takes its name in one step.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "source"
+
+# What a processor must have for a level (as in /proc/cpuinfo), and the flags that let the compiler use it.
+# The first one that fits is chosen. Processors of another kind than x86-64 have "plain" alone.
+LEVELS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
+    "avx512_vnni": (
+        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma"}),
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"),
+    ),
+    "avx_vnni": (frozenset({"avx2", "fma", "avx_vnni"}), ("-mavx2", "-mfma", "-mavxvnni")),
+    "avx2": (frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+    "plain": (frozenset(), ()),
+}
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wno-psabi")
+_COMPILERS = ("c++", "g++", "clang++")
+_BUILD_S_MAX = 300.0  # it takes 5 to 10 seconds on one core that nobody else uses
+
+
+class KernelsUnavailable(Exception):
+    """The library cannot be built or loaded here; the message says why and what to do."""
+
+
+def processor_level() -> str:
+    """The best level that this processor has."""
+    features = processor_features()
+    return next(name for name, (needed, _) in LEVELS.items() if needed <= features)
+
+
+def build(folder: Path, level: str) -> Path:
+    """The library for `level` in `folder`, built if it is not there. Raises KernelsUnavailable."""
+    compiler = _compiler()
+    flags = (*_FLAGS, *LEVELS[level][1])
+    path = folder / f"diptych-{level}-{_digest(compiler, flags)}.so"
+    if not path.exists():
+        _compile(compiler, flags, path)
+    return path
+
+
+def processor_features() -> frozenset[str]:
+    if platform.machine() != "x86_64":
+        return frozenset()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def _compiler() -> str:
+    chosen = os.environ.get("CXX")
+    names = (chosen,) if chosen else _COMPILERS
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise KernelsUnavailable(f"there is no C++ compiler ({', '.join(names)}). Install g++, or set CXX to one")
+
+
+def _digest(compiler: str, flags: tuple[str, ...]) -> str:
+    facts = [compiler, _run([compiler, "--version"]), *flags, platform.machine()]
+    for source in sorted(SOURCES.iterdir()):
+        facts += [source.name, source.read_text()]
+    return hashlib.blake2b("\0".join(facts).encode(), digest_size=8).hexdigest()
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+            built = Path(scratch) / path.name
+            _run([compiler, *flags, str(SOURCES / "library.cpp"), "-o", str(built)])
+            built.replace(path)
+    except OSError as error:
+        raise KernelsUnavailable(
+            f"{path} cannot be written ({error}). Make room, or set DIPTYCH_HOME"
+        ) from error
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(
+            f"{command[0]} failed ({error}). Install another C++ compiler, or set CXX"
+        ) from error
+    if done.returncode != 0:
+        reason = next(iter(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
+        raise KernelsUnavailable(
+            f"{command[0]} failed ({reason}). It must know C++20: install a newer one, or set CXX"
+        )
+    return done.stdout

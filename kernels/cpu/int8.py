@@ -1,0 +1,277 @@
+"""The C++ kernels, called with tensors. Shapes are checked here; C++ trusts its caller.
+
+Weights have 8 bits and one scale per output and group of inputs, activations 8 bits and one scale per
+token and group. What a token gives depends on that token's numbers and context alone, to the last bit:
+not on the batch, the threads, or how a prompt was cut into chunks (`source/linear.h`, `source/attention.h`).
+
+A call computes in a team of threads, and lets other Python threads run meanwhile.
+"""
+
+from collections.abc import Sequence
+from ctypes import byref, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.cpu.build import processor_level
+from kernels.cpu.library import (
+    SEQUENCE,
+    BatchStruct,
+    LayerStruct,
+    ModelStruct,
+    PackedStruct,
+    PoolStruct,
+    load_library,
+)
+from kernels.reference.attention_plan import AttentionRow
+
+_GATE_COLUMNS = 16  # of gate, and then as many of up: see `swiglu` in source/decoder.h
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A projection's weight [outputs, inputs] in the kernels' layout."""
+
+    outputs: int
+    inputs: int
+    weights: Tensor  # uint8, w + 128: [output blocks, inputs / 4, columns, 4]
+    scales: Tensor  # float32 [output blocks, groups, columns]
+
+    def dequantized(self) -> Tensor:
+        """float32 [outputs, inputs]: what the kernels multiply with."""
+        blocks, groups, columns = self.scales.shape
+        by_group = self.weights.view(blocks, groups, -1, columns, 4).float() - 128.0
+        values = by_group * self.scales.view(blocks, groups, 1, columns, 1)
+        return values.permute(0, 3, 1, 2, 4).reshape(blocks * columns, -1)[: self.outputs, : self.inputs]
+
+    @property
+    def struct(self) -> PackedStruct:
+        return PackedStruct(self.outputs, self.inputs, self.weights.data_ptr(), self.scales.data_ptr())
+
+
+class Int8Layer(Protocol):
+    """What is not packed is contiguous float32."""
+
+    @property
+    def attention_norm(self) -> Tensor: ...  # [hidden]
+    @property
+    def qkv(self) -> PackedWeight: ...  # q, then k, then v
+    @property
+    def qkv_bias(self) -> Tensor | None: ...
+    @property
+    def qk_norm(self) -> Tensor | None: ...  # [heads + kv_heads, head_dim]
+    @property
+    def attention_output(self) -> PackedWeight: ...
+    @property
+    def mlp_norm(self) -> Tensor: ...  # [hidden]
+    @property
+    def gate_up(self) -> PackedWeight: ...  # from `Int8Kernels.pack_gate_up`
+    @property
+    def down(self) -> PackedWeight: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Model:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    window: int | None  # tokens that a query sees, itself included
+    rms_norm_eps: float
+    frequencies: Tensor  # float32 [head_dim / 2], radians per position
+    embedding: Tensor  # float32 [vocab, hidden]
+    layers: Sequence[Int8Layer]
+    final_norm: Tensor
+    unembedding: PackedWeight
+
+
+class Int8Kernels:
+    """The kernels of one library, with a team of threads."""
+
+    def __init__(self, folder: Path, threads: int, level: str | None = None) -> None:
+        """Builds the library in `folder` if it is not there, which takes seconds.
+
+        `level` is one of kernels.cpu.build.LEVELS (None: the processor's best). Raises KernelsUnavailable.
+        """
+        self.library = load_library(folder, level or processor_level())
+        self.team = self.library.diptych_team_create(threads)
+        self._group: int = self.library.diptych_group()
+        self._columns: int = self.library.diptych_columns()
+
+    def __del__(self) -> None:
+        if team := self.__dict__.pop("team", None):
+            self.library.diptych_team_destroy(team)
+
+    def pack(self, weight: Tensor) -> PackedWeight:
+        """Quantises float32 [outputs, inputs]."""
+        outputs, inputs = weight.shape
+        weight = weight.float().contiguous()
+        blocks, groups = -(-outputs // self._columns), -(-inputs // self._group)
+        packed = torch.empty((blocks, groups * self._group // 4, self._columns, 4), dtype=torch.uint8)
+        scales = torch.empty((blocks, groups, self._columns))
+        self.library.diptych_pack(weight.data_ptr(), outputs, inputs, packed.data_ptr(), scales.data_ptr())
+        return PackedWeight(outputs, inputs, packed, scales)
+
+    def pack_gate_up(self, weight: Tensor) -> PackedWeight:
+        """Quantises [gate | up], float32 [2 * intermediate, inputs], with the two by turns."""
+        gate, up = (_in_parts(half, _GATE_COLUMNS) for half in weight.float().chunk(2))
+        return self.pack(torch.stack((gate, up), dim=1).flatten(0, 2))
+
+    def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """float32 [tokens, inputs] -> [tokens, outputs]."""
+        assert (x.dtype, x.shape[1]) == (torch.float32, weight.inputs), "activations fit the weight"
+        x = x.contiguous()
+        y = torch.empty((len(x), weight.outputs))
+        self.library.diptych_linear(self.team, byref(weight.struct), x.data_ptr(), len(x), y.data_ptr())
+        return y
+
+    def paged_attention(
+        self, q: Tensor, pool: Tensor, layer: int, rows: Sequence[AttentionRow], window: int | None
+    ) -> Tensor:
+        """float32 [tokens, heads, dim] -> [tokens, heads * dim]; `rows` own the tokens one after the other.
+
+        pool: contiguous [blocks, layers, 2, kv_heads, block_size, dim], finite, with the tokens' own k and v.
+        """
+        q = q.contiguous()
+        out = torch.empty((len(q), q.shape[1] * q.shape[2]))
+        sequences, tables = _sequences(rows)
+        self.library.diptych_attention(
+            self.team,
+            byref(_pool_struct(pool)),
+            layer,
+            q.shape[1],
+            window or 0,
+            sequences.ctypes.data,
+            len(sequences),
+            q.data_ptr(),
+            out.data_ptr(),
+        )
+        del tables
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """float32 [rows, n] with `weight` [n]."""
+        x, y = x.contiguous(), torch.empty(x.shape)
+        self.library.diptych_rms_norm(x.data_ptr(), weight.data_ptr(), len(x), x.shape[1], eps, y.data_ptr())
+        return y
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """float32 [rows, 16] each."""
+        both, y = torch.cat((gate, up), dim=1), torch.empty(gate.shape)
+        self.library.diptych_swiglu(both.data_ptr(), len(both), y.data_ptr())
+        return y
+
+
+class Int8Decoder:
+    """A Llama-shaped model whose step is one call."""
+
+    def __init__(self, kernels: Int8Kernels, model: Int8Model, pool: Tensor) -> None:
+        """pool: contiguous, finite float32 [blocks, layers, 2, kv_heads, block_size, head_dim]."""
+        assert model.heads % model.kv_heads == 0, "each kv head serves the same number of heads"
+        assert model.head_dim % 2 == 0, "a head rotates in two halves"
+        self._kernels = kernels
+        self._kept = (model, pool)  # C++ has pointers into them
+        self._vocab = model.unembedding.outputs
+        self._decoder = kernels.library.diptych_decoder_create(
+            byref(_model_struct(model, pool)), kernels.team
+        )
+
+    def __del__(self) -> None:
+        if decoder := self.__dict__.pop("_decoder", None):
+            self._kernels.library.diptych_decoder_destroy(decoder)
+
+    def logits(self, tokens: Sequence[int], rows: Sequence[AttentionRow], sampled: Sequence[int]) -> Tensor:
+        """Writes the batch's KV into the pool; float32 [sampled rows, vocab].
+
+        tokens: those of all rows, one row after the other; sampled: the rows whose last token's logits count.
+        """
+        assert len(tokens) == sum(row.queries for row in rows), "the rows own the tokens"
+        ids = np.array(tokens, dtype=np.int32)
+        assert ((ids >= 0) & (ids < self._vocab)).all(), "token ids are in the vocabulary"
+        sequences, tables = _sequences(rows)
+        last = np.ascontiguousarray((sequences["first"] + sequences["queries"] - 1)[list(sampled)])
+        logits = torch.empty((len(last), self._vocab))
+        batch = BatchStruct(
+            len(ids),
+            len(rows),
+            len(last),
+            ids.ctypes.data,
+            sequences.ctypes.data,
+            last.ctypes.data,
+            logits.data_ptr(),
+        )
+        self._kernels.library.diptych_decoder_run(self._decoder, byref(batch))
+        del tables
+        return logits
+
+
+def _in_parts(weight: Tensor, size: int) -> Tensor:
+    """[outputs, inputs] -> [parts, size, inputs], with zeros behind the last output."""
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % size))
+    return padded.view(-1, size, weight.shape[1])
+
+
+def _sequences(rows: Sequence[AttentionRow]) -> tuple[NDArray[np.void], NDArray[np.int32]]:
+    """The rows for C++, and their block tables, which must live as long as these are used."""
+    sequences = np.empty(len(rows), dtype=SEQUENCE)
+    lengths = [len(row.block_table) for row in rows]
+    tables = np.concatenate([np.array(row.block_table, dtype=np.int32) for row in rows])
+    sequences["queries"] = queries = [row.queries for row in rows]
+    sequences["first"] = np.cumsum(queries) - queries
+    sequences["start"] = [row.start for row in rows]
+    sequences["table"] = tables.ctypes.data + tables.itemsize * (np.cumsum(lengths) - lengths)
+    return sequences, tables
+
+
+def _pool_struct(pool: Tensor) -> PoolStruct:
+    _, layers, _, kv_heads, block_size, dim = pool.shape
+    return PoolStruct(pool.data_ptr(), layers, kv_heads, block_size, dim)
+
+
+def _model_struct(model: Int8Model, pool: Tensor) -> ModelStruct:
+    layers = (LayerStruct * len(model.layers))(*(_layer_struct(layer) for layer in model.layers))
+    vocab, hidden = model.embedding.shape
+    return ModelStruct(
+        layers=len(layers),
+        hidden=hidden,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        intermediate=model.intermediate,
+        vocab=vocab,
+        window=model.window or 0,
+        block_size=pool.shape[4],
+        rms_norm_eps=model.rms_norm_eps,
+        frequencies=_address(model.frequencies),
+        embedding=_address(model.embedding),
+        layer=layers,
+        final_norm=_address(model.final_norm),
+        unembedding=model.unembedding.struct,
+        pool=_address(pool),
+    )
+
+
+def _layer_struct(layer: Int8Layer) -> LayerStruct:
+    return LayerStruct(
+        attention_norm=_address(layer.attention_norm),
+        qkv=layer.qkv.struct,
+        qkv_bias=_address(layer.qkv_bias),
+        qk_norm=_address(layer.qk_norm),
+        attention_output=layer.attention_output.struct,
+        mlp_norm=_address(layer.mlp_norm),
+        gate_up=layer.gate_up.struct,
+        down=layer.down.struct,
+    )
+
+
+def _address(tensor: Tensor | None) -> c_void_p | None:
+    if tensor is None:
+        return None
+    assert tensor.dtype == torch.float32, "C++ reads float32"
+    assert tensor.is_contiguous(), "C++ reads rows one after the other"
+    return c_void_p(tensor.data_ptr())

@@ -1,0 +1,240 @@
+// The Llama-shaped decoder as one run of a team of threads: the same model as
+// services/engine/device/decoder.py, with its projections quantised as linear.h says.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "team.h"
+
+// Norms are padded with zeros to whole groups, as are the rows of activations.
+struct Layer {
+    const float* attention_norm;  // [hidden]
+    Packed qkv;                   // q, then k, then v
+    const float* qkv_bias;        // [qkv.outputs] or null
+    const float* qk_norm;         // [heads + kv_heads][head_dim] or null
+    Packed attention_output;
+    const float* mlp_norm;        // [hidden]
+    Packed gate_up;               // 16 outputs of gate and 16 of up by turns
+    Packed down;
+};
+
+struct Model {
+    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, window, block_size;
+    float rms_norm_eps;
+    const float* frequencies;  // [head_dim / 2], radians per position
+    const float* embedding;    // [vocab][hidden]
+    const Layer* layer;
+    const float* final_norm;
+    Packed unembedding;
+    float* pool;
+};
+
+struct Batch {
+    int32_t tokens, sequences, sampled;
+    const int32_t* ids;          // [tokens]
+    const Sequence* sequence;    // [sequences], their queries one after the other
+    const int32_t* last_tokens;  // [sampled]
+    float* logits;               // [sampled][vocab]
+};
+
+static float sum_of_squares(const float* x, int n) {
+    Floats parts[PARTS]{};
+    int at = 0;
+    for (; at + LANES <= n; at += LANES)
+        for (int part = 0; part < PARTS; part++) {
+            const Floats values = load(x + at + part * WIDTH);
+            parts[part] = fused(values, values, parts[part]);
+        }
+    float sum = sum_of(parts);
+    for (; at < n; at++) sum += x[at] * x[at];
+    return sum;
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight
+static void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+    const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / float(n) + eps);
+    for (int at = 0; at < n; at++) y[at] = x[at] * scale * weight[at];
+}
+
+// y = gate / (1 + exp(-gate)) * up, 16 of each.
+static void swiglu(const float* gate, const float* up, float* y) {
+    for (int at = 0; at < 16; at += WIDTH) {
+        const Floats g = load(gate + at);
+        store(y + at, g / (exp2_of(g * -LOG2_E) + 1.0f) * load(up + at));
+    }
+}
+
+// Rotates a head by its position's angles, in the half-rotation convention.
+static void rotate(float* x, const float* cosines, const float* sines, int dim) {
+    const int half = dim / 2;
+    for (int j = 0; j < half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a * cosines[j] - b * sines[j];
+        x[j + half] = b * cosines[j] + a * sines[j];
+    }
+}
+
+class Decoder {
+   public:
+    Decoder(const Model& model, Team& team) : m_(model), layers_(model.layer, model.layer + model.layers), team_(team) {
+        m_.layer = layers_.data();
+        for (int thread = 0; thread < team.threads(); thread++)
+            scratch_.push_back(std::make_unique<AttentionScratch>(attention_rows(m_.heads, m_.kv_heads), m_.head_dim));
+    }
+
+    void run(const Batch& batch) {
+        grow(batch.tokens, batch.sampled);
+        items_ = attention_items(batch.sequence, batch.sequences, m_.heads, m_.kv_heads, team_.threads());
+        for (int index = 0; index < batch.sequences; index++)
+            for (int query = 0; query < batch.sequence[index].queries; query++)
+                sequence_of_[batch.sequence[index].first + query] = index;
+        team_.run([&](int thread) { compute(batch, *scratch_[thread]); });
+    }
+
+   private:
+    // In every thread of the team. Each `share` is a phase that all finish before the next begins.
+    void compute(const Batch& batch, AttentionScratch& scratch) {
+        team_.share(batch.tokens, [&](int token) { embed(batch, token); });
+        for (int index = 0; index < m_.layers; index++) {
+            const Layer& layer = m_.layer[index];
+            attend_layer(batch, index, layer, scratch);
+            add_attention(batch.tokens, layer);
+            feed_forward(batch.tokens, layer);
+        }
+        unembed(batch);
+    }
+
+    void embed(const Batch& batch, int token) {
+        memcpy(hidden(token), m_.embedding + size_t(batch.ids[token]) * m_.hidden, sizeof(float) * m_.hidden);
+        const Sequence& sequence = batch.sequence[sequence_of_[token]];
+        const float position = float(sequence.start + token - sequence.first);
+        const int half = m_.head_dim / 2;
+        for (int j = 0; j < half; j++) {
+            cosines_[size_t(token) * half + j] = std::cos(position * m_.frequencies[j]);
+            sines_[size_t(token) * half + j] = std::sin(position * m_.frequencies[j]);
+        }
+    }
+
+    void attend_layer(const Batch& batch, int index, const Layer& layer, AttentionScratch& scratch) {
+        normalize(batch.tokens, layer.attention_norm);
+        multiply_all(team_, layer.qkv, rows_of(m_.hidden), batch.tokens, [&](int token, int block, const float* y) {
+            memcpy(qkv(token) + block * COLUMNS, y, sizeof(float) * COLUMNS);
+        });
+        team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token); });
+        const Attention attention{pool(), index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
+        team_.share(int(items_.size()), [&](int item) {
+            attend(attention, batch.sequence, items_[item], scratch);
+        });
+    }
+
+    // What is between the projection and the attention: bias, norm, rotation, and k and v into the pool.
+    void place(const Batch& batch, int index, const Layer& layer, int token) {
+        const int dim = m_.head_dim, rotated = m_.heads + m_.kv_heads;
+        float* x = qkv(token);
+        if (layer.qkv_bias)
+            for (int at = 0; at < layer.qkv.outputs; at++) x[at] += layer.qkv_bias[at];
+        for (int head = 0; head < rotated; head++) {
+            float* one = x + head * dim;
+            if (layer.qk_norm) rms_norm(one, layer.qk_norm + head * dim, dim, m_.rms_norm_eps, one);
+            rotate(one, &cosines_[size_t(token) * (dim / 2)], &sines_[size_t(token) * (dim / 2)], dim);
+        }
+        const Sequence& sequence = batch.sequence[sequence_of_[token]];
+        const int position = sequence.start + token - sequence.first;
+        const int block = sequence.table[position / m_.block_size], offset = position % m_.block_size;
+        for (int part = 0; part < 2; part++)
+            for (int head = 0; head < m_.kv_heads; head++) {
+                const float* from = x + size_t(m_.heads + part * m_.kv_heads + head) * dim;
+                float* to = pool().at(block, index, part, head, offset);
+                // Attention reads whole tiles: what is in the pool must be finite.
+                for (int d = 0; d < dim; d++) to[d] = std::isfinite(from[d]) ? from[d] : 0.0f;
+            }
+    }
+
+    void add_attention(int tokens, const Layer& layer) {
+        quantize(tokens, attended_.data(), attended_width(), layer.attention_output.inputs);
+        add(tokens, layer.attention_output);
+    }
+
+    void feed_forward(int tokens, const Layer& layer) {
+        normalize(tokens, layer.mlp_norm);
+        multiply_all(team_, layer.gate_up, rows_of(m_.hidden), tokens, [&](int token, int block, const float* y) {
+            swiglu(y, y + 16, wide_.data() + token * wide_width() + block * 16);
+        });
+        quantize(tokens, wide_.data(), wide_width(), m_.intermediate);
+        add(tokens, layer.down);
+    }
+
+    void unembed(const Batch& batch) {
+        team_.share(batch.sampled, [&](int row) {
+            float* normal = normal_.data() + size_t(row) * hidden_width();
+            rms_norm(hidden(batch.last_tokens[row]), m_.final_norm, m_.hidden, m_.rms_norm_eps, normal);
+            quantize_row(normal, rows_of(m_.hidden), row);
+        });
+        multiply_all(team_, m_.unembedding, rows_of(m_.hidden), batch.sampled, [&](int row, int block, const float* y) {
+            const int first = block * COLUMNS, count = std::min(COLUMNS, m_.vocab - first);
+            memcpy(batch.logits + size_t(row) * m_.vocab + first, y, sizeof(float) * count);
+        });
+    }
+
+    void normalize(int tokens, const float* weight) {
+        team_.share(tokens, [&](int token) {
+            float* normal = normal_.data() + token * hidden_width();
+            rms_norm(hidden(token), weight, m_.hidden, m_.rms_norm_eps, normal);
+            quantize_row(normal, rows_of(m_.hidden), token);
+        });
+    }
+
+    void quantize(int tokens, const float* x, size_t stride, int inputs) {
+        team_.share(tokens, [&](int token) { quantize_row(x + token * stride, rows_of(inputs), token); });
+    }
+
+    void add(int tokens, const Packed& weight) {
+        multiply_all(team_, weight, rows_of(weight.inputs), tokens, [&](int token, int block, const float* y) {
+            float* sum = hidden(token) + block * COLUMNS;
+            for (int at = 0; at < COLUMNS; at++) sum[at] += y[at];
+        });
+    }
+
+    Pool pool() const { return {m_.pool, m_.layers, m_.kv_heads, m_.block_size, m_.head_dim}; }
+    // Widths of buffers: whole groups and blocks, so that no loop has a rest. Nothing but zeros is ever
+    // written behind a row's inputs, because they take part in the scale of its last group.
+    size_t hidden_width() const { return rounded_up(m_.hidden, COLUMNS); }
+    size_t qkv_width() const { return rounded_up((m_.heads + 2 * m_.kv_heads) * m_.head_dim, COLUMNS); }
+    size_t attended_width() const { return rounded_up(m_.heads * m_.head_dim, COLUMNS); }
+    size_t wide_width() const { return rounded_up(m_.intermediate, COLUMNS); }
+    float* hidden(int token) { return hidden_.data() + token * hidden_width(); }
+    float* qkv(int token) { return qkv_.data() + token * qkv_width(); }
+
+    Rows rows_of(int inputs) { return {groups_of(inputs), q_.data(), q_scale_.data(), q_begin_.data()}; }
+
+    void grow(int tokens, int sampled) {
+        const size_t rows = std::max(tokens, sampled);
+        if (rows <= capacity_) return;
+        capacity_ = rows;
+        const size_t inputs = std::max({hidden_width(), attended_width(), wide_width()});
+        hidden_.resize(rows * hidden_width());
+        normal_.resize(rows * hidden_width());
+        qkv_.resize(rows * qkv_width());
+        attended_.resize(rows * attended_width());
+        wide_.resize(rows * wide_width());
+        cosines_.resize(rows * (m_.head_dim / 2));
+        sines_.resize(rows * (m_.head_dim / 2));
+        q_.resize(rows * inputs);
+        q_scale_.resize(rows * (inputs / GROUP));
+        q_begin_.resize(rows * (inputs / GROUP));
+        sequence_of_.resize(rows);
+    }
+
+    Model m_;
+    std::vector<Layer> layers_;
+    Team& team_;
+    std::vector<std::unique_ptr<AttentionScratch>> scratch_;
+    std::vector<AttentionItem> items_;
+    size_t capacity_ = 0;
+    std::vector<float> hidden_, normal_, qkv_, attended_, wide_, cosines_, sines_, q_scale_;
+    std::vector<Activation> q_;
+    std::vector<int32_t> q_begin_, sequence_of_;
+};

@@ -1,0 +1,81 @@
+// The kernels as a C library: what kernels/cpu/library.py calls.
+#include "attention.h"
+#include "decoder.h"
+#include "linear.h"
+#include "team.h"
+
+extern "C" {
+
+int32_t diptych_group() { return GROUP; }
+int32_t diptych_columns() { return COLUMNS; }
+
+// Quantises [outputs][inputs]; `weights` and `scales` have Packed's shapes.
+void diptych_pack(const float* w, int32_t outputs, int32_t inputs, uint8_t* weights, float* scales) {
+    const int groups = groups_of(inputs);
+    for (int output = 0; output < blocks_of(outputs) * COLUMNS; output++)
+        for (int group = 0; group < groups; group++) {
+            const int first = group * GROUP, count = output < outputs ? std::min(GROUP, inputs - first) : 0;
+            const float* from = w + size_t(output) * inputs + first;
+            float top = 0.0f;
+            for (int k = 0; k < count; k++) top = std::max(top, std::fabs(from[k]));
+            const size_t block = size_t(output / COLUMNS) * groups + group;
+            const int column = output % COLUMNS;
+            scales[block * COLUMNS + column] = top / 127.0f;
+            const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+            for (int k = 0; k < GROUP; k++) {
+                const int q = k < count ? int(std::nearbyint(from[k] * inverse)) : 0;
+                weights[block * GROUP * COLUMNS + (k / 4 * COLUMNS + column) * 4 + k % 4] = uint8_t(q + 128);
+            }
+        }
+}
+
+Team* diptych_team_create(int32_t threads) { return new Team(threads); }
+void diptych_team_destroy(Team* team) { delete team; }
+
+// y[rows][outputs] = x[rows][inputs] times the weights.
+void diptych_linear(Team* team, const Packed* weight, const float* x, int32_t rows, float* y) {
+    const int groups = groups_of(weight->inputs), width = groups * GROUP;
+    std::vector<float> padded(size_t(rows) * width), scale(size_t(rows) * groups);
+    std::vector<Activation> q(size_t(rows) * width);
+    std::vector<int32_t> begin(size_t(rows) * groups);
+    const Rows quantized{groups, q.data(), scale.data(), begin.data()};
+    team->run([&](int) {
+        team->share(rows, [&](int row) {
+            memcpy(&padded[size_t(row) * width], x + size_t(row) * weight->inputs, sizeof(float) * weight->inputs);
+            quantize_row(&padded[size_t(row) * width], quantized, row);
+        });
+        multiply_all(*team, *weight, quantized, rows, [&](int row, int block, const float* values) {
+            const int first = block * COLUMNS, count = std::min(COLUMNS, weight->outputs - first);
+            memcpy(y + size_t(row) * weight->outputs + first, values, sizeof(float) * count);
+        });
+    });
+}
+
+// out[tokens][heads * dim] from q[tokens][heads][dim].
+void diptych_attention(Team* team, const Pool* pool, int32_t layer, int32_t heads, int32_t window,
+                       const Sequence* sequences, int32_t count, const float* q, float* out) {
+    const size_t stride = size_t(heads) * pool->dim;
+    const Attention attention{*pool, layer, heads, window, q, stride, out, stride};
+    const auto items = attention_items(sequences, count, heads, pool->kv_heads, team->threads());
+    team->run([&](int) {
+        AttentionScratch scratch(attention_rows(heads, pool->kv_heads), pool->dim);
+        team->share(int(items.size()), [&](int index) {
+            attend(attention, sequences, items[index], scratch);
+        });
+    });
+}
+
+void diptych_rms_norm(const float* x, const float* weight, int32_t rows, int32_t n, float eps, float* y) {
+    for (int row = 0; row < rows; row++) rms_norm(x + size_t(row) * n, weight, n, eps, y + size_t(row) * n);
+}
+
+// y[rows][16] from [rows][32]: 16 of gate, then 16 of up.
+void diptych_swiglu(const float* gate_up, int32_t rows, float* y) {
+    for (int row = 0; row < rows; row++) swiglu(gate_up + row * 32, gate_up + row * 32 + 16, y + row * 16);
+}
+
+// The team and what the model points to must outlive the decoder.
+Decoder* diptych_decoder_create(const Model* model, Team* team) { return new Decoder(*model, *team); }
+void diptych_decoder_destroy(Decoder* decoder) { delete decoder; }
+void diptych_decoder_run(Decoder* decoder, const Batch* batch) { decoder->run(*batch); }
+}

@@ -1,0 +1,109 @@
+// Vectors of floats as wide as the processor's, and what is computed with them.
+//
+// Sums run over the same elements in the same order whatever the width is: a lane is always an output
+// of its own, and where a sum runs across lanes it has LANES partial sums, however many registers
+// these take. Compile with -ffp-contract=off: fused operations are written out (`fused`), so the same
+// source rounds the same way everywhere a processor has them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int LANES = 16;  // of a sum across lanes
+constexpr int PARTS = LANES / WIDTH;
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
+static inline void store(float* at, Floats x) { *reinterpret_cast<Floats*>(at) = x; }
+static inline Floats all(float x) { return Floats{} + x; }
+static inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+static inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
+
+// a * b + c: rounded once where the processor can, else twice.
+static inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+// To the nearest integer, ties to even, for |x| < 2^22.
+static inline Ints rounded(Floats x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: its last bit has the weight 1
+    return (Ints)(x + magic) - (Ints)all(magic);
+}
+
+// 2^x within 2 units of the last place; 0 below -126. The fraction's polynomial is the Taylor series
+// of 2^f on [-1/2, 1/2], whose first term left out is below 2^-25.
+static inline Floats exp2_of(Floats x) {
+    const Floats bounded = select(x < -126.0f, all(-126.0f), select(x > 127.0f, all(127.0f), x));
+    const Ints whole = rounded(bounded);
+    const Floats f = bounded - __builtin_convertvector(whole, Floats);
+    Floats y = all(1.5252734e-5f);
+    y = fused(y, f, all(1.5403530e-4f));
+    y = fused(y, f, all(1.3333558e-3f));
+    y = fused(y, f, all(9.6181291e-3f));
+    y = fused(y, f, all(5.5504109e-2f));
+    y = fused(y, f, all(2.4022651e-1f));
+    y = fused(y, f, all(6.9314718e-1f));
+    y = fused(y, f, all(1.0f));
+    const Floats scaled = y * (Floats)((whole + 127) << 23);
+    return select(x < -126.0f, Floats{}, scaled);
+}
+
+// The sum of LANES partial sums, always in the same order.
+static inline float sum_of(const Floats* parts) {
+    float lanes[LANES];
+    for (int part = 0; part < PARTS; part++) store(lanes + part * WIDTH, parts[part]);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+static inline float max_of(Floats x) {
+    float lanes[WIDTH], largest;
+    store(lanes, x);
+    largest = lanes[0];
+    for (int lane = 1; lane < WIDTH; lane++) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    return largest;
+}
+
+// Eight rows of eight floats become columns: to[j * to_stride + i] = from[i * from_stride + j].
+static inline void transpose_8x8(const float* const* from, int at, float* to, int to_stride) {
+    Eight r[8], s[8];
+    for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const Eight*>(from[i] + at);
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = __builtin_shufflevector(s[i], s[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[i + 1] = __builtin_shufflevector(s[i], s[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        r[i + 2] = __builtin_shufflevector(s[i + 1], s[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[i + 3] = __builtin_shufflevector(s[i + 1], s[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int i = 0; i < 4; i++) {
+        *reinterpret_cast<Eight*>(to + i * to_stride) = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *reinterpret_cast<Eight*>(to + (i + 4) * to_stride) = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}

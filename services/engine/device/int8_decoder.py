@@ -1,0 +1,60 @@
+"""The decoder with 8-bit weights: loading it, and the engine's rows as the kernels take them."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.int8 import Int8Decoder, Int8Kernels, Int8Model
+from kernels.ops import AttentionRow
+from services.core.errors import ConfigError
+from services.engine.device.decoder import rope_frequencies
+from services.engine.device.weights import Packing, load_weights
+from services.engine.runner import Row
+from services.model.files import ModelFiles
+from services.model.home import diptych_home
+
+
+class QuantizedDecoder:
+    def __init__(self, decoder: Int8Decoder) -> None:
+        self._decoder = decoder
+
+    def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
+        """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
+        sampled = [index for index, row in enumerate(rows) if row.samples]
+        tokens = list(chain.from_iterable(row.tokens for row in rows))
+        attended = [AttentionRow(len(row.tokens), row.start, row.block_table) for row in rows]
+        return sampled, self._decoder.logits(tokens, attended, sampled)
+
+
+def load_int8_decoder(files: ModelFiles, pool: Tensor, threads: int) -> QuantizedDecoder:
+    """Raises ModelFileError, or ConfigError if the kernels cannot be built or cannot use this pool."""
+    if pool.device.type != "cpu" or pool.dtype != torch.float32:
+        raise ConfigError(
+            "--quantization int8 computes on a CPU with KV in float32: leave --device and --dtype as they are"
+        )
+    try:
+        kernels = Int8Kernels(diptych_home() / "kernels", threads)
+    except KernelsUnavailable as error:
+        raise ConfigError(
+            f"--quantization int8 needs its kernels: {error}; or use --quantization none"
+        ) from None
+    packing = Packing(kernels.pack, kernels.pack_gate_up)
+    weights = load_weights(files, torch.float32, pool.device, packing)
+    config = files.config
+    model = Int8Model(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        window=config.sliding_window,
+        rms_norm_eps=config.rms_norm_eps,
+        frequencies=rope_frequencies(config),
+        embedding=weights.embedding,
+        layers=weights.layers,
+        final_norm=weights.final_norm,
+        unembedding=weights.unembedding,
+    )
+    return QuantizedDecoder(Int8Decoder(kernels, model, pool))

@@ -1,0 +1,173 @@
+"""The decoder with 8-bit weights: near float32, and the same to the last bit however it is used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.int8 import Int8Kernels
+from services.core.errors import ConfigError
+from services.engine.device.decoder import Decoder
+from services.engine.device.torch_runner import TorchRunner
+from services.engine.device.weights import Packing, load_weights
+from services.engine.runner import Row, Sample
+from services.model.files import open_model
+from services.model.home import diptych_home
+from tests.kernels.test_int8_linear import quantized
+from tests.unit.engine.device.tiny_models import CONFIGS, GREEDY, Driver, open_runner, random_model
+
+BLOCKS, BLOCK_SIZE = 64, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Int8Kernels:
+    try:
+        return Int8Kernels(diptych_home() / "kernels", threads=1)
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+
+
+def open_int8(path: Path, threads: int = 1, block_size: int = BLOCK_SIZE) -> TorchRunner:
+    files = open_model(path)
+    geometry = files.config.pool_geometry(BLOCKS * BLOCK_SIZE // block_size, block_size)
+    return TorchRunner(files, geometry, None, threads=threads, quantization="int8-g32")
+
+
+def relative_error(near: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((near - exact).square().mean().sqrt() / exact.std())
+
+
+class Rounded(torch.Tensor):
+    """A weight whose products torch computes as the kernels do: both sides rounded, then in float32."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *bias = args
+            return F.linear(quantized(x).float(), weight.as_subclass(torch.Tensor), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def rounded_reference(path: Path, kernels: Int8Kernels, block_size: int) -> Decoder:
+    """The torch decoder with weights and activations rounded to 8 bits."""
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        return kernels.pack(weight).dequantized().contiguous().as_subclass(Rounded)
+
+    files = open_model(path)
+    pool = torch.zeros(files.config.pool_geometry(BLOCKS, block_size).shape)
+    weights = load_weights(files, torch.float32, torch.device("cpu"), Packing(rounded, rounded))
+    return Decoder(files.config, weights, pool)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_that_torch_computes_with_the_same_rounding(
+    name: str, tmp_path: Path, kernels: Int8Kernels
+) -> None:
+    random_model(name).save_pretrained(tmp_path)
+    reference = rounded_reference(tmp_path, kernels, BLOCK_SIZE)
+    driver = Driver(open_int8(tmp_path))
+    tokens, start = torch.randint(0, 199, (100,)).tolist(), 0
+    for size in (33, 1, 7, 59):
+        row = driver.row(tokens[start : start + size], start)
+        logits = driver.runner.logits([row])
+        with torch.inference_mode():
+            # Sums rounded in another order now and then push an activation to the next step.
+            assert relative_error(logits, reference.compute([row])[1]) < 0.02
+        start += size
+
+
+def test_the_default_model_is_near_float32_and_agrees_on_the_next_token(default_model: Path) -> None:
+    tokens = (
+        open_model(default_model).tokenizer().encode("The capital of France is", add_special_tokens=False)
+    )
+    exact = Driver(open_runner(default_model, block_size=16)).logits(tokens, [len(tokens)])
+    near = Driver(open_int8(default_model, block_size=16)).logits(tokens, [len(tokens)])
+    assert relative_error(near, exact) < 0.1
+    assert int(near.argmax()) == int(exact.argmax())
+
+
+class Sequences:
+    """What each of some sequences gives, token by token, when it is computed alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = [torch.randint(0, 199, (length,)).tolist() for length in (70, 9, 33, 1)]
+        self.alone = []
+        for tokens in self.tokens:
+            self.alone.append(Driver(open_int8(path)).logits(tokens, [1] * len(tokens)))
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
+def sequences(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sequences:
+    path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    random_model(request.param).save_pretrained(path)
+    return Sequences(path)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_sequence_has_the_same_bits_in_every_batch_chunk_thread_and_block_size(
+    sequences: Sequences, data: Any
+) -> None:
+    """Random steps: each computes a random piece of some of the sequences, in a random order."""
+    block_size = data.draw(st.sampled_from([4, 8, 16]))
+    runner = open_int8(sequences.path, data.draw(st.sampled_from([1, 2])), block_size)
+    blocks = 80 // block_size
+    drivers = [Driver(runner, range(at * blocks, (at + 1) * blocks)) for at in range(len(sequences.tokens))]
+    done = [0] * len(drivers)
+    while any(at < len(tokens) for at, tokens in zip(done, sequences.tokens, strict=True)):
+        open_ones = [i for i, tokens in enumerate(sequences.tokens) if done[i] < len(tokens)]
+        chosen = data.draw(st.lists(st.sampled_from(open_ones), min_size=1, unique=True))
+        sizes = [data.draw(st.integers(1, min(40, len(sequences.tokens[i]) - done[i]))) for i in chosen]
+        rows = [
+            drivers[i].row(sequences.tokens[i][done[i] : done[i] + size], done[i])
+            for i, size in zip(chosen, sizes, strict=True)
+        ]
+        logits = runner.logits(rows)
+        for row, i in enumerate(chosen):
+            done[i] += sizes[row]
+            assert torch.equal(logits[row], sequences.alone[i][done[i] - 1])
+
+
+def test_blocks_of_another_worker_decode_to_the_same_bits(tmp_path: Path) -> None:
+    """What a transfer does: the prefill worker's blocks, in other places of the decode worker's pool."""
+    random_model("llama").save_pretrained(tmp_path)
+    prefill, decode, alone = open_int8(tmp_path), open_int8(tmp_path, threads=2), open_int8(tmp_path)
+    prompt, samples = torch.randint(0, 199, (21,)).tolist(), [Sample(GREEDY, [], [])]
+    prefill.run([Row(prompt, 0, [1, 2, 3], [])])
+    decode.pool[[7, 0, 5]] = prefill.pool[[1, 2, 3]]
+    (moved,) = decode.logits([Row([9], 21, [7, 0, 5], samples)])
+    assert torch.equal(moved, alone.logits([Row([*prompt, 9], 0, [1, 2, 3], samples)])[0])
+
+
+def test_a_sequence_that_overflows_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 1e38
+    model.save_pretrained(tmp_path)
+    runner, calm = open_int8(tmp_path), [5, 6, 8, 9]
+    samples = [Sample(GREEDY, [], [])]
+    (expected,) = runner.logits([Row(calm, 0, [3], samples)])
+    both = runner.logits([Row([7, 7, 7], 0, [1], samples), Row(calm, 0, [2], samples)])
+    assert torch.equal(both[1], expected)
+    assert runner.pool.isfinite().all()
+    assert torch.equal(runner.logits([Row(calm, 0, [1], samples)])[0], expected)
+
+
+def test_what_the_kernels_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    files = open_model(tmp_path)
+    geometry = files.config.pool_geometry(4, 8, "bfloat16")
+    with pytest.raises(ConfigError, match="--dtype"):
+        TorchRunner(files, geometry, None, threads=1, quantization="int8-g32")
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler"):
+        open_int8(tmp_path)
