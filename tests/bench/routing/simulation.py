@@ -28,7 +28,7 @@ class ClusterSpec:
     prefill: int = 4
     decode: int = 4
     gateways: int = 1
-    blocks: int = 3000  # of each worker's KV pool
+    blocks: int = 2000  # of each worker's KV pool: too few for all prefixes of a window
     reporting: Reporting = field(default_factory=Reporting)
     noise: Noise = field(default_factory=Noise)
 
