@@ -13,9 +13,9 @@ own step model:
     share(D)     = 1 - decode(D) without this request / target: of D's time what decoding leaves to prompts
 
     prefill on P = queue(P) + fetch(P) + prefill(P) + behind * waiting(P) * prefill(P)
-    decode on D  = transfer(D) + decode(D) + late(D) + interference * queue(D) / 2
+    decode on D  = transfer(D) + decode(D) + late(D) + interference * (queue(D) / 2 + others(D) * decode(D))
     D alone      = (queue(D) + prefill(D)) / share(D) + fetch(D) + decode(D) + late(D)
-                   + interference * (running(D) + coming(D)) * prefill(D)
+                   + interference * ((running(D) + coming(D)) * prefill(D) + others(D) * decode(D))
 
 Queue, fetch and prefill are the time to the first token. The rest is what a choice costs others, or this
 request later; with these the least sum serves all best, not the one at hand:
@@ -23,8 +23,10 @@ request later; with these the least sum serves all best, not the one at hand:
 - What P computes delays whoever comes behind. How many will is seen in how many wait: a worker with a queue
   stays busy, for as many again. So the more wait, the more it counts to compute little: prompts go where
   their prefix is when workers are busy, and where they start at once when they are idle.
-- D's step time is felt by all its sequences. Within the target the workers differ by little; beyond it each
-  millisecond counts `over_target` times.
+- D's step time is felt by all its sequences, so it counts once for each of the others(D) too. That makes
+  the choice of D nearly a count of sequences, which suits equal workers: their fits differ by noise, and the
+  least step time alone would always find the one that underestimates itself. Beyond its target each
+  millisecond of a step counts `over_target` times.
 - Prefills queued on D will interrupt this sequence there, but only half of them: D works them off while P
   computes. Alone, D delays each sequence it decodes by this prefill, and those that come meanwhile by half
   of it: coming(D) = prefill(D) / (2 * arrival). So short prompts, and those that D has cached, are
@@ -102,7 +104,8 @@ class CostModel:
             transfer_ms=self.options.transfer_ms + lacking * self.options.transfer_ms_per_token,
             decode_ms=decode_ms,
             late_ms=self._late_ms(decode_ms),
-            interference_ms=self.options.interference * self._queue_ms(worker) / 2,
+            interference_ms=self.options.interference
+            * (self._queue_ms(worker) / 2 + _others(worker) * decode_ms),
         )
 
     def alone(self, worker: WorkerView) -> Offer:
@@ -119,7 +122,7 @@ class CostModel:
             prefill_ms=prefill_ms / share,
             decode_ms=decode_ms,
             late_ms=self._late_ms(decode_ms),
-            interference_ms=self.options.interference * delayed * prefill_ms,
+            interference_ms=self.options.interference * (delayed * prefill_ms + _others(worker) * decode_ms),
         )
 
     def cached(self, worker: WorkerView) -> int:
@@ -177,6 +180,11 @@ class CostModel:
 
     def _model(self, worker: WorkerView) -> StepModel:
         return worker.model.completed(self.typical) if worker.model else self.typical
+
+
+def _others(worker: WorkerView) -> int:
+    """Sequences that decode here, or will."""
+    return worker.running + worker.waiting
 
 
 def _sources(lenders: Sequence[WorkerView], cached_tokens: Mapping[str, int]) -> dict[str, WorkerView]:

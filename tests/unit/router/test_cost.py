@@ -72,6 +72,9 @@ def test_each_part_sums_the_documented_terms():
     late = 10 * (decode - 16)
     share = 1 - (10 + 3 * 1 + 900 * 0.001) / 16
     assert costs.prefill(worker).cost_ms == pytest.approx(queue + prefill + 0.5 * 2 * prefill)
-    assert costs.decode(worker).cost_ms == pytest.approx((1 + 40 * 0.5) + decode + late + 2 * queue / 2)
-    delayed = 2 * (3 + prefill / 2_000) * prefill
+    others = (3 + 2) * decode
+    assert costs.decode(worker).cost_ms == pytest.approx(
+        (1 + 40 * 0.5) + decode + late + 2 * (queue / 2 + others)
+    )
+    delayed = 2 * ((3 + prefill / 2_000) * prefill + others)
     assert costs.alone(worker).cost_ms == pytest.approx((queue + prefill) / share + decode + late + delayed)

@@ -342,7 +342,7 @@ class TestPolicies:
         assert first == "* prefill on p1: 1300.0 ms (queue 800.0 + prefill 500.0), least_loaded 800"
         assert (
             second
-            == "* decode on d1: 2537.0 ms (transfer 27.0 + decode 10.0 + interference 2500.0), least_loaded 4"
+            == "* decode on d1: 2577.0 ms (transfer 27.0 + decode 10.0 + interference 2540.0), least_loaded 4"
         )
         assert [line[0] for line in others] == [" "] * 2
 
@@ -484,7 +484,7 @@ class TestChoice:
             worker("fast", "decode", running=30, model=speed(sequence=2.0, step=20.0)),  # 82 ms, transfer 27
         ]
         assert choose(workers, cached={"slow": 500}, options=PAIRS).decode == "fast"
-        unaware = replace(PAIRS, over_target=0.0)
+        unaware = replace(PAIRS, over_target=0.0, interference=0.0)
         assert choose(workers, cached={"slow": 500}, options=unaware).decode == "slow"
 
     def test_a_decode_worker_that_has_the_prefix_is_preferred(self):
