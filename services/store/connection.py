@@ -118,8 +118,8 @@ class StoreConnection:
     async def version(self) -> str:
         """Of the server that the URL names, such as "valkey 9.1.2"."""
         async with self.client():
-            info = await self._server.info("server")
-        return f"{info.get('server_name', 'redis')} {info.get('valkey_version') or info['redis_version']}"
+            hello = await self._hello()
+        return f"{hello['server']} {hello['version']}"
 
     async def close(self) -> None:
         if self._client is not None:
@@ -127,10 +127,16 @@ class StoreConnection:
         await self._server.aclose()
 
     async def _find_out(self) -> Client:
-        info = await self._server.info("cluster")
+        hello = await self._hello()
         if self._client is None:  # nobody else was faster
-            self._client = self._cluster() if info.get("cluster_enabled") else self._server
+            self._client = self._cluster() if hello["mode"] == "cluster" else self._server
         return self._client
+
+    async def _hello(self) -> dict[str, str]:
+        """What the server says of itself. INFO would say it too, but not to everybody."""
+        said = await self._server.execute_command("HELLO")  # type: ignore[no-untyped-call]
+        pairs = said.items() if isinstance(said, dict) else zip(said[::2], said[1::2], strict=True)
+        return {key.decode(): value.decode() for key, value in pairs if isinstance(value, bytes)}
 
     def _cluster(self) -> RedisCluster:
         return RedisCluster.from_url(

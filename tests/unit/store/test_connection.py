@@ -1,14 +1,17 @@
 """Every failure of Redis leaves a StoreConnection as one error, in bounded time."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import uuid
 
 import pytest
 
 from services.core.errors import ConfigError, StoreUnavailable
-from services.store.connection import CONNECTIONS_MAX, StoreConnection
+from services.store.connection import CONNECTIONS_MAX, Call, Script, StoreConnection
 from services.store.embedded import EmbeddedValkey
+from tests.support.redis_servers import KINDS, RedisCluster
 
 
 @pytest.fixture
@@ -91,3 +94,55 @@ async def test_a_unix_socket_is_named_in_errors(connect):
     connection = connect("unix:///nowhere/valkey.sock")
     with pytest.raises(StoreUnavailable, match=r"/nowhere/valkey\.sock"):
         await ping(connection)
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_cluster_is_found_out_by_itself(connect, redis_url, kind, protocol):
+    connection = connect(f"{redis_url(kind)}?protocol={protocol}")
+    assert await connection.is_cluster() == kind.endswith("cluster")
+    assert (await connection.version()).startswith(kind.removesuffix(" cluster"))
+    key = f"{{{uuid.uuid4().hex}}}"
+    assert await connection.run(Call(Script("return redis.call('INCR', KEYS[1])"), [key])) == 1
+
+
+async def test_a_user_who_may_touch_the_clusters_keys_only_needs_no_more(connect):
+    with EmbeddedValkey() as valkey:
+        async with connect(valkey.url).client() as admin:
+            await admin.execute_command(
+                *("ACL", "SETUSER", "diptych", "on", ">secret", "~{diptych:*", "+@all", "-@dangerous")
+            )
+        connection = connect(f"redis://diptych:secret@127.0.0.1:{valkey.port}")
+        assert await connection.run(Call(Script("return redis.call('INCR', KEYS[1])"), ["{diptych:a}"])) == 1
+        with pytest.raises(StoreUnavailable, match="permission"):
+            await connection.run(Call(Script("return redis.call('INCR', KEYS[1])"), ["other"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_all_calls_are_answered_in_order_also_by_a_server_that_does_not_know_the_scripts(
+    connect, redis_url, kind
+):
+    connection = connect(redis_url(kind))
+    new = Script(f"return {{KEYS[1], ARGV[1]}} -- {uuid.uuid4().hex}")
+    calls = [Call(new, [f"{{{number}}}"], number) for number in range(20)]
+    for _ in range(2):
+        expected = [[f"{{{number}}}".encode(), str(number).encode()] for number in range(20)]
+        assert await connection.run_all(calls) == expected
+
+
+async def test_a_cluster_whose_nodes_have_all_moved_is_found_again_by_its_url(connect):
+    with RedisCluster() as cluster:
+        connection = connect(cluster.url)
+        script = Script("return 1")
+        assert await connection.run(Call(script, ["{a}"])) == 1
+        port = cluster.nodes[0].port
+    with pytest.raises(StoreUnavailable):
+        await connection.run(Call(script, ["{a}"]))
+    with EmbeddedValkey() as other:
+        other.start(port=port)
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(StoreUnavailable):
+                    assert await connection.run(Call(script, ["{a}"])) == 1
+                    break
+        assert not await connection.is_cluster()
