@@ -14,7 +14,6 @@ could not be found anyway, and waits until its parent is cached again.
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
-from itertools import islice
 
 from services.core.block_hash import ChainLink
 
@@ -27,8 +26,8 @@ class IndexedChains:
         self._shown: dict[bytes, int] = {}  # with the number of their shown children; parents come first
         self._leaves: OrderedDict[bytes, None] = OrderedDict()  # shown blocks without shown children
         # What the index has not been told yet. Both keep an order in which each step leaves it closed.
-        self._added: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
+        self._added: OrderedDict[bytes, None] = OrderedDict()
+        self._removed: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._shown)
@@ -62,7 +61,7 @@ class IndexedChains:
 
     def forget_changes(self) -> None:
         """The index is empty: all that is shown has to be added to it."""
-        self._added, self._removed = dict.fromkeys(self._shown), {}
+        self._added, self._removed = OrderedDict.fromkeys(self._shown), OrderedDict()
 
     def _store(self, link: ChainLink) -> None:
         if link.hash in self._parent:
@@ -141,8 +140,6 @@ class IndexedChains:
             self._removed[block] = None
 
 
-def _take(blocks: dict[bytes, None], at_most: int) -> list[bytes]:
-    taken = list(islice(blocks, at_most))
-    for block in taken:
-        del blocks[block]
-    return taken
+def _take(blocks: OrderedDict[bytes, None], at_most: int) -> list[bytes]:
+    """The first of them, away."""
+    return [blocks.popitem(last=False)[0] for _ in range(min(at_most, len(blocks)))]

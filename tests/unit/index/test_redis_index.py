@@ -181,15 +181,15 @@ class TestOnACluster:
     async def test_a_node_that_stands_still_is_an_error_in_time_and_its_late_answers_confuse_nobody(
         self, cluster, index
     ):
-        hasty = RedisPrefixIndex(cluster.url, timeout_s=0.5, namespace=index._namespace)
+        hasty = RedisPrefixIndex(cluster.url, timeout_s=1.5, namespace=index._namespace)
         assert await hasty.locate(CHAIN, WORKERS) == dict.fromkeys(WORKERS, len(CHAIN))
         os.kill(cluster.nodes[1].pid, signal.SIGSTOP)
         try:
-            for _ in range(3):
+            for _ in range(2):
                 started_s = time.monotonic()
                 with pytest.raises(StoreUnavailable):
                     await hasty.locate(CHAIN, WORKERS)
-                assert time.monotonic() - started_s < 5.0
+                assert time.monotonic() - started_s < 10.0
         finally:
             os.kill(cluster.nodes[1].pid, signal.SIGCONT)
         cluster.await_joined()
