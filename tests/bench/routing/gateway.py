@@ -18,7 +18,7 @@ from tests.bench.routing.timeline import Timeline, immediate
 from tests.bench.routing.worker import MODEL, Store
 
 REFRESH_S = 0.1  # as GatewayConfig.membership_poll_s
-PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 0.2  # between two looks for room
+PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 0.3  # between two looks for room
 
 
 class _NoConnections:
@@ -75,9 +75,7 @@ class Gateway:
         return bool(self._line)
 
     def wait(self, number: int, look: Callable[[], None]) -> None:
-        """Call `look` when it is the turn of the request of that number. In production everybody looks by
-        himself, and after two seconds the younger let the oldest go first; here they always do, since
-        thousands that look ten times a second would cost more than they tell."""
+        """Call `look` when the turn comes to the request of that number: the oldest first."""
         if not self._line:
             self._timeline.after(self._pause_s(), self._next_looks)
         heappush(self._line, (number, look))

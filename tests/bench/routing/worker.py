@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from services.core.block_hash import Compatibility
 from services.core.worker_report import Role, WorkerKey, WorkerReport
 from services.engine.engine import Engine
@@ -132,6 +134,7 @@ class Worker:
         self._blocks, self._block_size = blocks, block_size
         self._gauges = Gauges(blocks_total=blocks, blocks_free=blocks)
         self._gauges_at_s = 0.0
+        self._described: WorkerReport | None = None  # with these gauges
         self._listeners: dict[str, Listener] = {}
         self._inbox: list[Command] = []
         self._busy = False
@@ -205,6 +208,7 @@ class Worker:
 
     def _count(self, report: Report) -> None:
         self._gauges, self._gauges_at_s = report.gauges, self._timeline.now()
+        self._described = None
         self.work.preemptions = report.gauges.preemptions
         if report.step:
             self.work.steps += 1
@@ -233,8 +237,15 @@ class Worker:
         immediate(self._store.membership.announce(report))
 
     def _report(self) -> WorkerReport:
-        """As services.worker.main: what the engine said last. Gauges and reports name things alike."""
+        """As services.worker.main: what the engine said last."""
         self._beat += 1
+        if self._described is None:
+            self._described = self._description()
+        load_age_ms = 1e3 * (self._timeline.now() - self._gauges_at_s)
+        return msgspec.structs.replace(self._described, beat=self._beat, load_age_ms=load_age_ms)
+
+    def _description(self) -> WorkerReport:
+        """Gauges and reports name things alike."""
         return WorkerReport(
             worker_id=self.key.worker_id,
             epoch=self.key.epoch,
@@ -244,9 +255,7 @@ class Worker:
             served_model=MODEL,
             compatibility=self._compatibility,
             context_tokens_max=self._blocks * self._block_size,
-            beat=self._beat,
             chunk_tokens_max=WorkerConfig().chunk_tokens_max,
-            load_age_ms=1e3 * (self._timeline.now() - self._gauges_at_s),
             **{name: getattr(self._gauges, name) for name in _GAUGES},
         )
 
