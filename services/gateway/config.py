@@ -70,7 +70,7 @@ class GatewayConfig:
         },
     )
     worker_queue_ms_max: float = field(
-        default=200.0,
+        default=300.0,
         metadata={
             "help": "a worker gets no further prompt while those it has take longer to compute: they wait in "
             "the gateway, in fair order"

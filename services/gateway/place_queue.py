@@ -24,9 +24,9 @@ from services.core.clock import Clock
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker, Overloaded
 from services.gateway.cluster_view import ClusterView
 from services.gateway.fair_queue import FairQueue, Priority
-from services.gateway.forecast import Correction, Throughput
 from services.gateway.generation import AttemptFailed, Event, Routed
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.pace import Pace
 from services.gateway.places import Lack, Places
 from services.gateway.ticket import Ticket
 from services.gateway.worker_client import OutputToken, PrefillResult
@@ -59,11 +59,7 @@ class PlaceQueue:
         self._begun: list[Ticket] = []  # these two by `since`
         self._aside: list[Ticket] = []
         self._workerless_since: float | None = None  # of the whole fair queue
-        self._throughput = Throughput()
-        self._throughput_of = {priority: Throughput() for priority in Priority}
-        self._correction = Correction()
-        self._counted_until = clock.now()  # `_throughput` knows the time until then,
-        self._waited: frozenset[Priority] = frozenset()  # and of which classes somebody waited after it
+        self._pace = Pace(clock)
         self._woken = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None  # while somebody waits
 
@@ -121,7 +117,7 @@ class PlaceQueue:
             self._places.give_back(ticket.place)
             ticket.place = None
         elif ticket.waiting:
-            self._count_time()
+            self._pace.count()
             self._remove(ticket)
             self._note_who_waits()
         self.wake()
@@ -135,7 +131,7 @@ class PlaceQueue:
                 place.refused_by = event.culprit.key
         elif isinstance(event, PrefillResult | OutputToken) and place.prompt is not None:
             seen_ms = (self._clock.now() - place.taken_at) * 1e3
-            self._correction.note(place.routed.route.expected_ttft_ms, seen_ms)
+            self._pace.note_first_token(place.routed.route.expected_ttft_ms, seen_ms)
             place.prompt.prefilled()
             place.prompt = None
             self.wake()
@@ -171,8 +167,9 @@ class PlaceQueue:
         asked = ticket.priority, ticket.tenant, ticket.cost
         apart = sum(one.cost for one in self._apart)
         apart_in_class = sum(one.cost for one in self._apart if one.priority is ticket.priority)
-        pace = self.tokens_per_s(ticket)
-        pace_of_class = self._throughput_of[ticket.priority].per_second(pace)
+        predicted = self._predicted_per_s(ticket)
+        pace = self._pace.tokens_per_s(predicted)
+        pace_of_class = self._pace.tokens_per_s_of(ticket.priority, predicted)
         return max(
             (self._fair.tokens_ahead(*asked) + apart) / pace,
             (self._fair.tokens_ahead_in_class(*asked) + apart_in_class) / pace_of_class,
@@ -180,12 +177,15 @@ class PlaceQueue:
 
     def tokens_per_s(self, like: Ticket) -> float:
         """How fast the queue moves; before that was seen, by how long requests like this one take."""
+        return self._pace.tokens_per_s(self._predicted_per_s(like))
+
+    def _predicted_per_s(self, like: Ticket) -> float:
         computing = max(1, sum(r.prefills and r.state == "ready" for r in self._view.reports))
-        return self._throughput.per_second(like.cost * computing / max(like.service_ms / 1e3, 1e-3))
+        return like.cost * computing / max(like.service_ms / 1e3, 1e-3)
 
     def first_token_s(self, ticket: Ticket) -> float:
         """How long after its turn its first token comes."""
-        return ticket.expected_ms / 1e3 * self._correction.factor
+        return self._pace.first_token_s(ticket.expected_ms)
 
     def retry_after_s(self, ticket: Ticket) -> float:
         """When somebody who cannot wait should come again."""
@@ -217,7 +217,7 @@ class PlaceQueue:
 
     def _advance(self) -> None:
         """Give places to all who find one now."""
-        self._count_time()
+        self._pace.count()
         with self._places.at_once():
             self._serve(list(self._begun))
             while (oldest := self._holding_back()) is not None and self._try(oldest):
@@ -276,9 +276,7 @@ class PlaceQueue:
     def _note_wait(self, ticket: Ticket) -> None:
         waited_s = self._clock.now() - ticket.entered_at
         self._metrics.queue_seconds.labels(ticket.priority.label).observe(waited_s)
-        if waited_s > 0.0 or len(self):
-            self._throughput.note_leave(ticket.cost)
-            self._throughput_of[ticket.priority].note_leave(ticket.cost)
+        self._pace.note_place(ticket.priority, ticket.cost, others_wait=len(self) > 0)
 
     def _remove(self, ticket: Ticket, *, at_its_turn: bool = False) -> None:
         ticket.waiting = False
@@ -291,18 +289,8 @@ class PlaceQueue:
         else:
             self._fair.remove(ticket)
 
-    def _count_time(self) -> None:
-        """Before anything changes."""
-        now = self._clock.now()
-        if self._waited:
-            self._throughput.note_wait(now - self._counted_until)
-        for priority in self._waited:
-            self._throughput_of[priority].note_wait(now - self._counted_until)
-        self._counted_until = now
-
     def _note_who_waits(self) -> None:
-        """After it has changed."""
-        self._waited = frozenset(priority for priority in Priority if self.length(priority))
+        self._pace.note_waiting(filter(self.length, Priority))
 
     async def _route_again(self, ticket: Ticket) -> None:
         """Its turn came long after it was asked what is cached for it."""
@@ -315,7 +303,7 @@ class PlaceQueue:
     # Ends without a place
 
     def _end_overdue(self) -> None:
-        self._count_time()
+        self._pace.count()
         for ticket in list(self):
             error = self._overdue(ticket)
             if error is not None:

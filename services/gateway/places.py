@@ -43,10 +43,12 @@ class Lack(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PlaceLimits:
-    """`queue_ms_max`: a worker gets no further prompt while those it has take longer. `decode_share`: of the
-    decode workers' blocks, how much may be promised to answers; above 1 some will be preempted."""
+    """`queue_ms_max`: a worker gets no further prompt while those it has take longer. It must not run out of
+    work while the next one is on its way: its decode worker makes room between two steps, of 100 ms by
+    target, and reports are up to 250 ms old. `decode_share`: of the decode workers' blocks, how much may be
+    promised to answers; above 1 some will be preempted."""
 
-    queue_ms_max: float = 200.0
+    queue_ms_max: float = 300.0
     decode_share: float = 1.0
 
 

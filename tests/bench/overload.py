@@ -36,11 +36,11 @@ from tests.support.scrape import scrape
 
 TARGET_S = 3.0  # to the first token
 FACTORS = (0.5, 1.0, 2.0, 3.0)
-PROMPT_TOKENS, ANSWER_TOKENS = (64, 128), (8, 24)
+PROMPT_TOKENS, ANSWER_TOKENS = (64, 128), (4, 12)
 # What each API key sends, as shares.
 KEYS = {"flood": 5, "key 1": 1, "key 2": 1, "key 3": 1, "key 4": 1}
 PRIORITIES = {-1: 1, 0: 8, 1: 1}
-CLIENTS = 24  # at once, to find what the cluster can do
+CLIENTS = 32  # at once, to find what the cluster can do
 WARM_UP_S = 10.0
 SHED_SHARE = 0.1  # of its best goodput that a cluster may lose by being overloaded
 BLOCKS = 2000

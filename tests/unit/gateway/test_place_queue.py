@@ -68,7 +68,7 @@ class Line(GatewayParts):
     """P with a queue for one long prompt, and D with room for BLOCKS blocks."""
 
     def __init__(self, **limits) -> None:
-        super().__init__(ManualClock(), waits=LIMITS, **limits)
+        super().__init__(ManualClock(), waits=LIMITS, **{"places": PlaceLimits(queue_ms_max=200.0), **limits})
         self.waiters: list[Waiting] = []
         self._beats = 0
 
