@@ -46,17 +46,17 @@ SETTLE_S = 1.0  # reports of an idle cluster are with every gateway
 class Load:
     """`blocks` of each worker hold about two thirds of the groups' prefixes and what runs at once."""
 
-    groups: int = 10
+    groups: int = 6
     prompts_each: int = 5
     prefix_tokens: int = 320
     tail_tokens: int = 24
     answer_tokens: int = 6
-    per_second: float = 3.0
-    blocks: int = 240
-    rounds: int = 4
+    per_second: float = 2.5
+    blocks: int = 160
+    rounds: int = 5
 
 
-QUICK = Load(groups=6, prompts_each=3, rounds=1)
+QUICK = Load(prompts_each=3, rounds=1)
 
 
 @dataclass(frozen=True, slots=True)
