@@ -4,17 +4,18 @@ With n prompt tokens, c(w) of them cached on w, e(w) >= c(w) that will be once w
 there, f(w) more that w fetches from another worker, and u(w) = max(1, n - e(w) - f(w)) to compute, all by w's
 own step model:
 
-    queue(w)     = step * steps + token * queued tokens(w) + token_context * queued context(w)
-    prefill(w)   = step * steps + token * u(w) + token_context * context of u(w)
+    queue(w)     = token * queued tokens(w) + token_context * queued context(w) + steps * rest(w)
+    prefill(w)   = token * u(w) + token_context * context of u(w) + steps * rest(w)
+    steps        = chunks of at most chunk tokens(w), or of the time that decoding leaves if that is more
+    rest(w)      = step, or a decode step of the sequences that w decodes: prompts share their steps
     fetch(w)     = fixed + f(w) * transfer ms per token, or 0 without a fetch
     transfer(D)  = fixed + (n - c(D)) * transfer ms per token
     decode(D)    = step + sequence * sequences(D) + context * context(D), with this request's choices
     late(D)      = over_target * (decode(D) - its target), or 0 within the target
-    share(D)     = 1 - decode(D) without this request / target: of D's time what decoding leaves to prompts
 
     prefill on P = queue(P) + fetch(P) + prefill(P) + behind * waiting(P) * prefill(P)
     decode on D  = transfer(D) + decode(D) + late(D) + interference * (queue(D) / 2 + others(D) * decode(D))
-    D alone      = (queue(D) + prefill(D)) / share(D) + fetch(D) + decode(D) + late(D)
+    D alone      = queue(D) + fetch(D) + prefill(D) + decode(D) + late(D)
                    + interference * ((running(D) + coming(D)) * prefill(D) + others(D) * decode(D))
 
 Queue, fetch and prefill are the time to the first token. The rest is what a choice costs others, or this
@@ -48,7 +49,7 @@ from dataclasses import dataclass
 from router.state import NOTHING, Fetch, Offer, RouteOptions, RouteRequest, WorkerView
 from router.step_model import StepModel, average, context_of
 
-SHARE_MIN = 0.1  # of a step for prompts, however many sequences decode in it
+SHARE_MIN = 0.1  # of a mixed step for prompts, however many sequences decode in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +112,14 @@ class CostModel:
     def alone(self, worker: WorkerView) -> Offer:
         fetch = self._fetch(worker)
         prefill_ms, decode_ms = self._prefill_ms(worker, fetch), self._decode_ms(worker)
-        share = self._prompts_share(worker)
         delayed = worker.running + prefill_ms / (2 * self.options.arrival_ms)
         return Offer(
             worker=worker,
             part="alone",
             cached_tokens=self.expected(worker),
-            queue_ms=self._queue_ms(worker) / share,
+            queue_ms=self._queue_ms(worker),
             fetch=fetch,
-            prefill_ms=prefill_ms / share,
+            prefill_ms=prefill_ms,
             decode_ms=decode_ms,
             late_ms=self._late_ms(decode_ms),
             interference_ms=self.options.interference * (delayed * prefill_ms + _others(worker) * decode_ms),
@@ -153,20 +153,26 @@ class CostModel:
         return Fetch(source.id, tokens, ms) if worth_it else None
 
     def _queue_ms(self, worker: WorkerView) -> float:
-        tokens, context = worker.queued_prefill_tokens, worker.queued_prefill_context
-        return self._model(worker).queue_ms(tokens, context, worker.chunk_tokens)
+        tokens = worker.queued_prefill_tokens
+        chunks = tokens / worker.chunk_tokens if worker.chunk_tokens else float(tokens > 0)
+        return self._prompts_ms(worker, tokens, worker.queued_prefill_context, chunks)
 
     def _prefill_ms(self, worker: WorkerView, fetch: Fetch | None) -> float:
         tokens = self.to_compute(worker, fetch)
-        start = self.request.prompt_tokens - tokens
-        return self._model(worker).prefill_ms(tokens, start, worker.chunk_tokens)
+        context = context_of(tokens, self.request.prompt_tokens - tokens)
+        chunks = -(-tokens // worker.chunk_tokens) if worker.chunk_tokens else 1
+        return self._prompts_ms(worker, tokens, context, chunks)
 
-    def _prompts_share(self, worker: WorkerView) -> float:
-        """Of the time of a worker's steps what decoding leaves to prompts: a block each step at least."""
-        if worker.running == 0:
-            return 1.0
-        decode_ms = self._model(worker).decode_ms(worker.running, worker.running_context)
-        return max(1 - decode_ms / self.options.decode_step_ms_target, SHARE_MIN)
+    def _prompts_ms(self, worker: WorkerView, tokens: int, context: int, chunks: float) -> float:
+        """In steps of their own, or beside the sequences that decode here."""
+        model = self._model(worker)
+        tokens_ms = model.tokens_ms(tokens, context)
+        if not worker.running_context:
+            return tokens_ms + chunks * model.step
+        decode_ms = model.decode_ms(worker.running, worker.running_context)
+        target_ms = self.options.decode_step_ms_target
+        room_ms = max(target_ms - decode_ms, SHARE_MIN * target_ms)
+        return tokens_ms + max(chunks, tokens_ms / room_ms) * decode_ms
 
     def _late_ms(self, decode_ms: float) -> float:
         return self.options.over_target * max(0.0, decode_ms - self.options.decode_step_ms_target)

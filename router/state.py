@@ -74,11 +74,11 @@ class RouteOptions:
     # average, and few workers are busy with steps of 100 ms, the target of mixed ones. Each token then
     # moves like any transfer's.
     fetch_ms: float = 20.0
-    # How much a millisecond that another sequence is delayed counts against one of our own: where it decodes
-    # on D; where it will come behind this one on P.
-    interference: float = 1.0
+    # How much a millisecond that another sequence is delayed counts against one before our own first token:
+    # where it decodes on D, spread over its tokens; where it will come behind this one on P.
+    interference: float = 0.5
     behind: float = 1.0
-    arrival_ms: float = 2_000.0  # between two sequences that come to one decode worker, about
+    arrival_ms: float = 1_000.0  # between two sequences that come to one decode worker, about
     # A worker's mixed steps aim at as much (WorkerConfig.step_ms_target).
     decode_step_ms_target: float = 100.0
     over_target: float = 10.0

@@ -52,6 +52,13 @@ def test_a_decode_worker_takes_its_blocks_before_anything_comes(cached, coming):
     assert CostModel.decode(model(IDLE, cached, coming), IDLE) == CostModel.decode(model(IDLE, cached), IDLE)
 
 
+def test_without_anything_to_decode_prompts_take_steps_of_their_own():
+    worker = replace(IDLE, queued_prefill_tokens=50, queued_prefill_context=600, chunk_tokens=16)
+    offer = model(worker, cached=60).prefill(worker)
+    assert offer.queue_ms == pytest.approx(50 / 16 * 10 + 50 * 2 + 600 * 0.01)
+    assert offer.prefill_ms == pytest.approx(3 * 10 + 40 * 2 + sum(range(60, 100)) * 0.01)
+
+
 def test_each_part_sums_the_documented_terms():
     load = {"queued_prefill_tokens": 50, "queued_prefill_context": 600, "running_context": 900}
     worker = replace(IDLE, running=3, waiting=2, **load)
@@ -66,15 +73,17 @@ def test_each_part_sums_the_documented_terms():
         decode_step_ms_target=16.0,
         over_target=10.0,
     )
-    queue = 10 + 50 * 2 + 600 * 0.01
-    prefill = 10 + 40 * 2 + sum(range(60, 100)) * 0.01
+    beside = 10 + 3 * 1 + 900 * 0.001  # what a step decodes already
+    room = 16 - beside
+    queue_tokens, tokens = 50 * 2 + 600 * 0.01, 40 * 2 + sum(range(60, 100)) * 0.01
+    queue = queue_tokens + queue_tokens / room * beside
+    prefill = tokens + tokens / room * beside
     decode = 10 + (3 + 2 + 1) * 1 + (900 + 100) * 0.001
     late = 10 * (decode - 16)
-    share = 1 - (10 + 3 * 1 + 900 * 0.001) / 16
     assert costs.prefill(worker).cost_ms == pytest.approx(queue + prefill + 0.5 * 2 * prefill)
     others = (3 + 2) * decode
     assert costs.decode(worker).cost_ms == pytest.approx(
         (1 + 40 * 0.5) + decode + late + 2 * (queue / 2 + others)
     )
     delayed = 2 * ((3 + prefill / 2_000) * prefill + others)
-    assert costs.alone(worker).cost_ms == pytest.approx((queue + prefill) / share + decode + late + delayed)
+    assert costs.alone(worker).cost_ms == pytest.approx(queue + prefill + decode + late + delayed)
