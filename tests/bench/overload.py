@@ -17,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from statistics import fmean
 import httpx
 
 from loadtest.call import Outcome, perform
-from loadtest.open_loop import Arrival, poisson, run
+from loadtest.open_loop import poisson, run
 from loadtest.summary import percentile
 from loadtest.workload import Call
 from services.model.pull import ensure_default_model
@@ -54,6 +54,10 @@ class Load:
     seconds: float
     calls: Sequence[Call]
     outcomes: Sequence[Outcome]
+
+    def __add__(self, other: "Load") -> "Load":
+        outcomes = (*self.outcomes, *other.outcomes)
+        return Load(self.factor, self.seconds + other.seconds, (*self.calls, *other.calls), outcomes)
 
     @property
     def goodput(self) -> float:
@@ -115,13 +119,15 @@ async def sustainable_per_s(http: httpx.AsyncClient, rng: random.Random, seconds
 
 
 async def loads(http: httpx.AsyncClient, per_s: float, seconds: float, seed: int) -> list[Load]:
-    found: list[Load] = []
-    for factor in FACTORS:
-        arrivals: list[Arrival] = list(poisson(random.Random(seed), per_s * factor, seconds, new_call))
+    """Each rate twice, half of `seconds` at a time, up and down again: whatever else slows this machine for
+    a while then slows all of them."""
+    halves: defaultdict[float, list[Load]] = defaultdict(list)
+    for turn, factor in enumerate([*FACTORS, *reversed(FACTORS)]):
+        rng = random.Random(f"{seed} {turn}")
+        arrivals = [*poisson(rng, per_s * factor, seconds / 2, new_call)]
         outcomes = await run(http, arrivals)
-        found.append(Load(factor, seconds, [arrival.call for arrival in arrivals], outcomes))
-        print(row(found[-1]), flush=True)
-    return found
+        halves[factor].append(Load(factor, seconds / 2, [arrival.call for arrival in arrivals], outcomes))
+    return [first + second for first, second in halves.values()]
 
 
 HEADER = (
@@ -145,7 +151,7 @@ def row(load: Load) -> str:
 
 def verdict(found: Sequence[Load]) -> str:
     """What the last rate kept of the best goodput, and how it was shared at it."""
-    best = max(load.goodput for load in found)
+    best = max(load.goodput for load in found) or float("inf")
     last = found[-1]
     lines = [f"goodput at {last.factor:g} x: {last.goodput / best:.0%} of its peak (target: 90 %)"]
     keys = last.goodput_by_key()
@@ -171,12 +177,13 @@ def _named(values: Mapping[str, float]) -> str:
 
 
 async def measure(url: str, quick: bool, seed: int) -> list[Load]:
-    seconds = 18.0 if quick else 45.0
+    seconds = 16.0 if quick else 36.0
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
     async with httpx.AsyncClient(base_url=url, timeout=300.0, limits=limits, trust_env=False) as http:
         per_s = await sustainable_per_s(http, random.Random(seed), seconds)
-        print(f"sustainable: {per_s:.2f} requests/s ({CLIENTS} clients at once)\n{HEADER}", flush=True)
+        print(f"sustainable: {per_s:.2f} requests/s ({CLIENTS} clients at once)", flush=True)
         found = await loads(http, per_s, seconds, seed)
+        print(HEADER, *map(row, found), sep="\n")
         reasons = (await scrape(http, "/metrics")).by_label("diptych_gateway_rejections_total", "reason")
         print("refused by reason:", ", ".join(f"{count:.0f} {reason}" for reason, count in reasons.items()))
         return found

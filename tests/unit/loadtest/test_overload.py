@@ -2,9 +2,12 @@
 
 import random
 
+import httpx
+import pytest
+
 from loadtest.call import Outcome
 from loadtest.workload import Call
-from tests.bench.overload import KEYS, TARGET_S, Load, is_good, new_call, row, verdict
+from tests.bench.overload import FACTORS, KEYS, TARGET_S, Load, is_good, loads, new_call, row, verdict
 
 GOOD = Outcome("completion, streamed", "completed", status=200, tokens=9, first_token_s=TARGET_S - 0.5)
 LATE = Outcome("completion, streamed", "completed", status=200, tokens=9, first_token_s=TARGET_S + 0.5)
@@ -44,6 +47,16 @@ def test_the_verdict_compares_the_last_load_with_the_best_one() -> None:
     assert "sends 5 times as much has 4.00 times the others' goodput" in text
     assert "Retry-After at 3 x: median 4 s" in text
     assert "1 failed: HTTP 503: gone" in text
+
+
+async def test_each_rate_is_measured_twice_and_its_halves_are_added() -> None:
+    refusing = httpx.MockTransport(lambda request: httpx.Response(429, headers={"Retry-After": "2"}))
+    async with httpx.AsyncClient(base_url="http://server", transport=refusing) as http:
+        found = await loads(http, per_s=100.0, seconds=0.2, seed=1)
+    assert [seen.factor for seen in found] == list(FACTORS)
+    assert all(seen.seconds == pytest.approx(0.2) for seen in found)
+    assert all(len(seen.calls) == len(seen.outcomes) > 0 for seen in found)
+    assert "goodput at 3 x: 0% of its peak" in verdict(found)
 
 
 def test_one_key_sends_five_times_as_many_as_each_other() -> None:
