@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing bench-policies bench-overload bench-index clean
+	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -92,6 +92,11 @@ bench-overload: setup
 # Look-ups in the prefix index with a million blocks in it, beside PING and the layout before (QUICK=1).
 bench-index: setup
 	@$(PY) -m tests.bench.index $(if $(QUICK),--quick)
+
+# The C++ kernels with 8-bit weights beside torch in float32: rates, steps and quality
+# (PART=linear|attention|steps|quality, THREADS=1).
+bench-kernels: setup
+	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

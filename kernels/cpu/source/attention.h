@@ -48,7 +48,7 @@ class AttentionScratch {
    public:
     AttentionScratch(int rows, int dim)
         : width(rounded_up_to_lanes(dim)), q(size_t(rows) * width), out(size_t(rows) * width), k(size_t(width) * TILE),
-          v(size_t(TILE) * width), scores(size_t(rows) * TILE), top(rows), sums(size_t(rows) * LANES) {}
+          v(size_t(TILE) * width), scores(4 * TILE), top(rows), sums(size_t(rows) * LANES) {}
 
     static int rounded_up_to_lanes(int n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -58,11 +58,12 @@ class AttentionScratch {
     std::vector<float> q, out;     // [rows][width]
     std::vector<float> k;          // a tile's keys: [dim][TILE]
     std::vector<float> v;          // its values if they need zeros behind them: [TILE][width]
-    std::vector<float> scores;     // [rows][TILE], then the weights of the values
+    std::vector<float> scores;     // [4][TILE], of the rows at hand; then the weights of the values
     std::vector<float> top;        // [rows], the largest score so far
     std::vector<float> sums;       // [rows][LANES], of the weights so far
     const float* k_rows[TILE];
     const float* v_rows[TILE];
+    float fetched;  // what was read ahead must go somewhere
 };
 
 // scores[row][token] = q[row] . k[token], for R rows and V registers of tokens.
@@ -93,7 +94,8 @@ static inline void add_values(const float* weights, const float* const* v, int a
 constexpr int AT_ONCE = WIDTH == 16 ? 4 : 2;  // registers of tokens, or of a head's width
 
 template <int R>
-static void score_rows(const AttentionScratch& s, int row, int dim, int tokens, float* scores) {
+static void score_rows(AttentionScratch& s, int row, int dim, int tokens) {
+    float* scores = s.scores.data();
     const float* q = s.q.data() + size_t(row) * s.width;
     int token = 0;
     for (; token + (AT_ONCE - 1) * WIDTH < tokens; token += AT_ONCE * WIDTH)
@@ -103,7 +105,7 @@ static void score_rows(const AttentionScratch& s, int row, int dim, int tokens, 
 
 template <int R>
 static void add_rows(AttentionScratch& s, int row, int begin, int end) {
-    const float* weights = s.scores.data() + size_t(row) * TILE;
+    const float* weights = s.scores.data();
     float* out = s.out.data() + size_t(row) * s.width;
     int at = 0;
     for (; at + AT_ONCE * WIDTH <= s.width; at += AT_ONCE * WIDTH)
@@ -113,8 +115,7 @@ static void add_rows(AttentionScratch& s, int row, int begin, int end) {
 
 // Scores become weights of the tile's values; what was summed before shrinks if the largest score grows.
 // The row sees the tile's tokens [begin, end), at least one.
-static void weigh(AttentionScratch& s, int row, int begin, int end) {
-    float* scores = s.scores.data() + size_t(row) * TILE;
+static void weigh(AttentionScratch& s, int row, float* scores, int begin, int end) {
     const int stop = (end + WIDTH - 1) / WIDTH * WIDTH;
     for (int token = 0; token < begin; token++) scores[token] = -INFINITY;
     for (int token = end; token < TILE; token++) scores[token] = -INFINITY;
@@ -159,88 +160,119 @@ static void read_tile(const Attention& a, const Sequence& sequence, int kv_head,
     }
 }
 
-// Asks for a tile's keys and values: blocks lie anywhere in memory, where the processor does not look ahead.
-static void prefetch_tile(const Attention& a, const Sequence& sequence, int kv_head, int begin, int end) {
-    const Pool& pool = a.pool;
-    for (int position = begin; position < end;) {
-        const int offset = position % pool.block_size, tokens = std::min(pool.block_size - offset, end - position);
-        for (int part = 0; part < 2; part++) {
-            const int block = sequence.table[position / pool.block_size];
-            const char* from = reinterpret_cast<const char*>(pool.at(block, a.layer, part, kv_head, offset));
-            for (size_t at = 0; at < sizeof(float) * pool.dim * tokens; at += 64) __builtin_prefetch(from + at, 0, 2);
-        }
-        position += tokens;
-    }
-}
-
-// Queries [from, from + queries) of a sequence, all heads of one kv head. `next_head`: whether the caller
-// goes on with the next kv head.
-static void attend(
-    const Attention& a, const Sequence& sequence, int from, int queries, int kv_head, bool next_head, AttentionScratch& s) {
-    const int dim = a.pool.dim, shared = a.heads / a.pool.kv_heads, rows = queries * shared;
-    const Floats scale = all(LOG2_E / std::sqrt(float(dim)));
-    auto seen_from = [&](int position) { return a.window == 0 ? 0 : std::max(0, position + 1 - a.window); };
-    auto token_of = [&](int row) { return size_t(sequence.first) + from + row / shared; };
-    auto head_of = [&](int row) { return size_t(kv_head * shared + row % shared) * dim; };
-
-    std::fill_n(s.out.begin(), size_t(rows) * s.width, 0.0f);
-    std::fill_n(s.sums.begin(), size_t(rows) * LANES, 0.0f);
-    std::fill_n(s.top.begin(), rows, -INFINITY);
-    for (int row = 0; row < rows; row++) {
-        float* q = s.q.data() + size_t(row) * s.width;
-        memcpy(q, a.q + token_of(row) * a.q_stride + head_of(row), sizeof(float) * dim);
-        for (int d = 0; d < s.width; d += WIDTH) store(q + d, load(q + d) * scale);
-    }
-    const int first = sequence.start + from, last = first + queries - 1;
-    const int tiles_from = seen_from(first) / TILE * TILE;
-    for (int base = tiles_from; base <= last; base += TILE) {
-        const int begin = std::max(seen_from(first) - base, 0), end = std::min(last + 1 - base, TILE);
-        if (base + TILE <= last) prefetch_tile(a, sequence, kv_head, base + TILE, std::min(last + 1, base + 2 * TILE));
-        else if (next_head) prefetch_tile(a, sequence, kv_head + 1, seen_from(first), std::min(last + 1, tiles_from + TILE));
-        read_tile(a, sequence, kv_head, base, begin, end, s);
-        for (int row = 0; row < rows; row += 4) {
-            const int count = std::min(4, rows - row);
-            float* scores = s.scores.data() + size_t(row) * TILE;
-            if (count == 4) score_rows<4>(s, row, dim, end, scores);
-            else if (count == 3) score_rows<3>(s, row, dim, end, scores);
-            else if (count == 2) score_rows<2>(s, row, dim, end, scores);
-            else score_rows<1>(s, row, dim, end, scores);
-            for (int r = row; r < row + count; r++) {
-                const int position = first + r / shared;
-                const int row_begin = std::max(seen_from(position) - base, 0);
-                const int row_end = std::min(position + 1 - base, TILE);
-                if (row_begin < row_end) weigh(s, r, row_begin, row_end);
-                else std::fill_n(s.scores.begin() + size_t(r) * TILE, TILE, 0.0f);
-            }
-            if (count == 4) add_rows<4>(s, row, begin, end);
-            else if (count == 3) add_rows<3>(s, row, begin, end);
-            else if (count == 2) add_rows<2>(s, row, begin, end);
-            else add_rows<1>(s, row, begin, end);
-        }
-    }
-    for (int row = 0; row < rows; row++) {
-        const float whole = sum_of(s.sums_of(row));
-        float* out = a.out + token_of(row) * a.out_stride + head_of(row);
-        for (int d = 0; d < dim; d++) out[d] = s.out[size_t(row) * s.width + d] / whole;
-    }
-}
-
-// One item of work for the team: a sequence's queries [from, from + queries), kv heads [kv_head, end).
+// One item of work for the team: a sequence's queries [from, from + queries), kv heads [kv_head, kv_heads_end).
 struct AttentionItem {
     int32_t sequence, from, queries, kv_head, kv_heads_end;
 };
 
-static void attend(const Attention& a, const Sequence* sequences, const AttentionItem& item, AttentionScratch& s) {
-    for (int head = item.kv_head; head < item.kv_heads_end; head++)
-        attend(a, sequences[item.sequence], item.from, item.queries, head, head + 1 < item.kv_heads_end, s);
-}
+// An item being computed. Its rows are the (query, head) pairs of the first kv head, then of the next.
+class Attending {
+   public:
+    Attending(const Attention& attention, const Sequence* sequences, const AttentionItem& item, AttentionScratch& scratch)
+        : a_(attention), sequence_(sequences[item.sequence]), item_(item), s_(scratch),
+          shared_(attention.heads / attention.pool.kv_heads), rows_(item.queries * shared_),
+          first_(sequence_.start + item.from), last_(first_ + item.queries - 1) {}
+
+    void run() {
+        begin();
+        const int heads = item_.kv_heads_end - item_.kv_head;
+        for (int base = seen_from(first_) / TILE * TILE; base <= last_; base += TILE) {
+            const int from = std::max(seen_from(first_) - base, 0), to = std::min(last_ + 1 - base, TILE);
+            fetch(base, from, to);
+            for (int head = 0; head < heads; head++) {
+                read_tile(a_, sequence_, item_.kv_head + head, base, from, to, s_);
+                for (int row = 0; row < rows_; row += 4) see_tile(head * rows_, row, std::min(4, rows_ - row), base, from, to);
+            }
+        }
+        finish();
+    }
+
+   private:
+    // The first position that a query sees.
+    int seen_from(int position) const { return a_.window == 0 ? 0 : std::max(0, position + 1 - a_.window); }
+
+    // Where the query of a row lies in the batch's tokens, or its result.
+    size_t place(int row, size_t stride) const {
+        const int token = sequence_.first + item_.from + row % rows_ / shared_;
+        const int head = (item_.kv_head + row / rows_) * shared_ + row % shared_;
+        return token * stride + size_t(head) * a_.pool.dim;
+    }
+
+    int all_rows() const { return rows_ * (item_.kv_heads_end - item_.kv_head); }
+
+    void begin() {
+        const Floats scale = all(LOG2_E / std::sqrt(float(a_.pool.dim)));
+        std::fill_n(s_.out.begin(), size_t(all_rows()) * s_.width, 0.0f);
+        std::fill_n(s_.sums.begin(), size_t(all_rows()) * LANES, 0.0f);
+        std::fill_n(s_.top.begin(), all_rows(), -INFINITY);
+        for (int row = 0; row < all_rows(); row++) {
+            float* q = s_.q.data() + size_t(row) * s_.width;
+            memcpy(q, a_.q + place(row, a_.q_stride), sizeof(float) * a_.pool.dim);
+            for (int d = 0; d < s_.width; d += WIDTH) store(q + d, load(q + d) * scale);
+        }
+    }
+
+    // Reads a tile's keys and values of all heads from end to end. The loops that compute with them jump
+    // about in them, and the processor does not read ahead of jumps: blocks lie anywhere in memory.
+    void fetch(int base, int from, int to) {
+        const Pool& pool = a_.pool;
+        Floats sum{};
+        for (int position = base + from; position < base + to;) {
+            const int block = sequence_.table[position / pool.block_size], offset = position % pool.block_size;
+            const int tokens = std::min(pool.block_size - offset, base + to - position);
+            for (int part = 0; part < 2; part++)
+                for (int head = item_.kv_head; head < item_.kv_heads_end; head++) {
+                    const float* run = pool.at(block, a_.layer, part, head, offset);
+                    for (int at = 0; at + 16 <= tokens * pool.dim; at += 16) sum += load(run + at);  // one per line
+                }
+            position += tokens;
+        }
+        s_.fetched = sum[0];
+    }
+
+    // Up to four rows of a kv head see the tile that `read_tile` has read.
+    void see_tile(int head_rows, int row, int count, int base, int from, int to) {
+        if (count == 4) see_tile<4>(head_rows, row, base, from, to);
+        else if (count == 3) see_tile<3>(head_rows, row, base, from, to);
+        else if (count == 2) see_tile<2>(head_rows, row, base, from, to);
+        else see_tile<1>(head_rows, row, base, from, to);
+    }
+
+    template <int R>
+    void see_tile(int head_rows, int row, int base, int from, int to) {
+        score_rows<R>(s_, head_rows + row, a_.pool.dim, to);
+        for (int r = 0; r < R; r++) {
+            const int position = first_ + (row + r) / shared_;
+            const int row_from = std::max(seen_from(position) - base, 0), row_to = std::min(position + 1 - base, TILE);
+            if (row_from < row_to) weigh(s_, head_rows + row + r, s_.scores.data() + r * TILE, row_from, row_to);
+            else std::fill_n(s_.scores.begin() + r * TILE, TILE, 0.0f);
+        }
+        add_rows<R>(s_, head_rows + row, from, to);
+    }
+
+    void finish() {
+        for (int row = 0; row < all_rows(); row++) {
+            const float whole = sum_of(s_.sums_of(row));
+            float* out = a_.out + place(row, a_.out_stride);
+            for (int d = 0; d < a_.pool.dim; d++) out[d] = s_.out[size_t(row) * s_.width + d] / whole;
+        }
+    }
+
+    const Attention& a_;
+    const Sequence& sequence_;
+    const AttentionItem& item_;
+    AttentionScratch& s_;
+    const int shared_, rows_;  // heads per kv head; rows of one kv head
+    const int first_, last_;   // positions
+};
 
 static std::vector<AttentionItem> attention_items(
     const Sequence* sequences, int count, int heads, int kv_heads, int threads) {
     const int step = std::max(1, QUERY_ROWS / (heads / kv_heads));
     int parts = 0;
     for (int index = 0; index < count; index++) parts += (sequences[index].queries + step - 1) / step;
-    const int kv_heads_per_item = parts < 4 * threads ? 1 : kv_heads;  // few parts are shared out by heads
+    // What lies together is read together, unless there is too little for all threads.
+    const int kv_heads_per_item = parts < 4 * threads ? 1 : kv_heads;
     std::vector<AttentionItem> items;
     for (int index = 0; index < count; index++)
         for (int from = 0; from < sequences[index].queries; from += step)
@@ -250,4 +282,5 @@ static std::vector<AttentionItem> attention_items(
     return items;
 }
 
-static int attention_rows(int heads, int kv_heads) { return std::max(QUERY_ROWS, heads / kv_heads); }
+// The most rows that an item has.
+static int attention_rows(int heads, int kv_heads) { return std::max(QUERY_ROWS * kv_heads, heads); }

@@ -126,7 +126,7 @@ class Decoder {
         team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token); });
         const Attention attention{pool(), index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
         team_.share(int(items_.size()), [&](int item) {
-            attend(attention, batch.sequence, items_[item], scratch);
+            Attending(attention, batch.sequence, items_[item], scratch).run();
         });
     }
 

@@ -60,7 +60,7 @@ void diptych_attention(Team* team, const Pool* pool, int32_t layer, int32_t head
     team->run([&](int) {
         AttentionScratch scratch(attention_rows(heads, pool->kv_heads), pool->dim);
         team->share(int(items.size()), [&](int index) {
-            attend(attention, sequences, items[index], scratch);
+            Attending(attention, sequences, items[index], scratch).run();
         });
     });
 }

@@ -1,0 +1,233 @@
+"""The C++ kernels with 8-bit weights beside torch in float32, on the shapes of the default model.
+
+    python -m tests.bench.kernels [--part linear|attention|steps|quality] [--threads N] [--rounds N]
+
+Both sides of a line run by turns, and the line shows the best time of each: other work on the machine only
+ever adds time. Rates count the same operations for both (2 per weight and row; 4 per query, key and
+dimension). `quality` runs both models over English text that Python ships (the topics of `help()`) and
+compares their distributions of each next token.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pydoc_data import topics
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from kernels.cpu.build import processor_level
+from kernels.cpu.int8 import Int8Kernels, PackedWeight
+from services.core.sampling import SamplingParams
+from services.engine.device.batch import TOKENS_PER_GROUP_CPU
+from services.engine.device.torch_runner import TorchRunner
+from services.engine.runner import Row, Sample
+from services.model.config import ModelConfig
+from services.model.files import ModelFiles, open_model
+from services.model.home import diptych_home
+from services.model.pull import ensure_default_model
+
+ROWS = (1, 8, 32, 128)
+SEQUENCES = (1, 8, 32)
+CONTEXT = 256  # tokens of each decoding sequence, and of a prompt
+BLOCK_SIZE = 16
+BLOCKS = 1024
+WINDOW = 512  # tokens of a piece of the text
+GREEDY = Sample(SamplingParams(max_tokens=1, temperature=0), [], [])
+
+
+def best_times(sides: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Seconds of each side's fastest call; they run by turns, after one call each that is not counted."""
+    for side in sides:
+        side()
+    best = [math.inf] * len(sides)
+    for _ in range(rounds):
+        for index, side in enumerate(sides):
+            start = time.perf_counter()
+            side()
+            best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """How near one model's next-token distributions are to another's."""
+
+    tokens: int
+    divergence: float  # mean KL divergence from the exact ones, nats
+    exact_loss: float  # mean negative log likelihood of the text, nats
+    near_loss: float
+    agreement: float  # share of tokens with the same most probable next one
+
+    @property
+    def perplexity_change(self) -> float:
+        return math.exp(self.near_loss - self.exact_loss) - 1
+
+
+def closeness(pairs: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Closeness:
+    """pairs: exact and near logits [tokens, vocab] and the ids [tokens] that came next."""
+    tokens, divergence, exact_loss, near_loss, same = 0, 0.0, 0.0, 0.0, 0
+    for exact, near, following in pairs:
+        p, q = exact.double().log_softmax(-1), near.double().log_softmax(-1)
+        places = torch.arange(len(following))
+        tokens += len(following)
+        divergence += float((p.exp() * (p - q)).sum())
+        exact_loss -= float(p[places, following].sum())
+        near_loss -= float(q[places, following].sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return Closeness(tokens, divergence / tokens, exact_loss / tokens, near_loss / tokens, same / tokens)
+
+
+class Bench:
+    def __init__(self, threads: int, rounds: int) -> None:
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        self._threads = threads
+        self._rounds = rounds
+        self._files = open_model(ensure_default_model())
+        self._kernels = Int8Kernels(diptych_home() / "kernels", threads)
+
+    def linear(self) -> None:
+        print(f"\n{'projection':24s}{'rows':>5s}{'int8':>11s}{'':>12s}{'float32':>14s}{'ratio':>8s}")
+        for name, (outputs, inputs) in _projections(self._files.config).items():
+            weight = torch.randn(outputs, inputs)
+            packed, reference = self._kernels.pack(weight), ops.pack_weight(weight)
+            for rows in ROWS:
+                self._project(f"{name} {outputs}x{inputs}", packed, reference, torch.randn(rows, inputs))
+
+    def _project(self, name: str, packed: PackedWeight, reference: Tensor, x: Tensor) -> None:
+        near, exact = best_times(
+            [lambda: self._kernels.linear(x, packed), lambda: ops.linear(x, reference)], self._rounds
+        )
+        work = 2e-9 * len(x) * packed.outputs * packed.inputs
+        gigabytes = 1e-9 * (packed.weights.nbytes + packed.scales.nbytes)
+        print(
+            f"{name:24s}{len(x):5d}{work / near:6.0f} GOP/s{gigabytes / near:7.1f} GB/s"
+            f"{work / exact:8.0f} GOP/s{exact / near:7.1f}x"
+        )
+
+    def attention(self) -> None:
+        pool = torch.randn(self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE).shape)
+        print(f"\n{'attention of one layer':29s}{'kernels':>10s}{'torch':>10s}{'ratio':>8s}")
+        for count in SEQUENCES:
+            self._attend(f"{count} decoding", pool, count, 1)
+        self._attend(f"prompt of {CONTEXT}", pool, 1, CONTEXT)
+
+    def _attend(self, name: str, pool: Tensor, sequences: int, queries: int) -> None:
+        config = self._files.config
+        rows = [ops.AttentionRow(queries, CONTEXT - queries, table) for table in _tables(sequences)]
+        q = torch.randn(sequences * queries, config.heads, config.head_dim)
+        plan = ops.plan_attention(rows, pool, config.sliding_window, TOKENS_PER_GROUP_CPU)
+        # A step comes back to a layer only after all the others, when the caches hold nothing of it.
+        near_layers, exact_layers = cycle(range(config.layers)), cycle(range(config.layers))
+        near, exact = best_times(
+            [
+                lambda: self._kernels.paged_attention(
+                    q, pool, next(near_layers), rows, config.sliding_window
+                ),
+                lambda: ops.paged_attention(q, pool, next(exact_layers), plan),
+            ],
+            self._rounds,
+        )
+        print(f"{name:29s}{near * 1e6:7.0f} us{exact * 1e6:7.0f} us{exact / near:7.1f}x")
+
+    def steps(self) -> None:
+        near, exact = self._runners()
+        print(f"\n{f'step, {CONTEXT} tokens of context':29s}{'int8':>10s}{'float32':>10s}{'ratio':>8s}")
+        steps = {
+            f"{count} decoding": [Row([5], CONTEXT - 1, table, [GREEDY]) for table in _tables(count)]
+            for count in SEQUENCES
+        }
+        steps[f"prompt of {CONTEXT}"] = [Row([7] * CONTEXT, 0, _tables(1)[0], [GREEDY])]
+        for name, rows in steps.items():
+            fast, slow = best_times([partial(near.run, rows), partial(exact.run, rows)], self._rounds)
+            print(f"{name:29s}{fast * 1e3:7.1f} ms{slow * 1e3:7.1f} ms{slow / fast:7.1f}x")
+
+    def quality(self, pieces: int) -> None:
+        near, exact = self._runners()
+        result = closeness(
+            (_all_logits(exact, piece), _all_logits(near, piece), torch.tensor(piece[1:]))
+            for piece in _text(self._files, pieces)
+        )
+        print(f"\nint8 against float32 over {result.tokens:,} tokens of the topics of Python's help():")
+        print(
+            f"perplexity {math.exp(result.near_loss):.3f} against {math.exp(result.exact_loss):.3f} "
+            f"({result.perplexity_change:+.2%}), mean KL divergence {result.divergence:.5f} nats, "
+            f"the same greedy token {result.agreement:.1%}"
+        )
+
+    def _runners(self) -> tuple[TorchRunner, TorchRunner]:
+        geometry = self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE)
+        near, exact = (
+            TorchRunner(self._files, geometry, None, threads=self._threads, quantization=quantization)
+            for quantization in ("int8-g32", "none")
+        )
+        return near, exact
+
+
+def _projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs."""
+    attended = config.heads * config.head_dim
+    return {
+        "qkv": ((config.heads + 2 * config.kv_heads) * config.head_dim, config.hidden_size),
+        "output": (config.hidden_size, attended),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+        "unembedding": (config.vocab_size, config.hidden_size),
+    }
+
+
+def _tables(sequences: int) -> list[list[int]]:
+    """Block tables for CONTEXT tokens each, over a shuffled pool."""
+    count = -(-CONTEXT // BLOCK_SIZE)
+    shuffled = random.Random(1).sample(range(BLOCKS), sequences * count)
+    return [shuffled[index * count : (index + 1) * count] for index in range(sequences)]
+
+
+def _text(files: ModelFiles, pieces: int) -> list[list[int]]:
+    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    ids = files.tokenizer().encode(text, add_special_tokens=False)
+    step = len(ids) // pieces
+    assert step >= WINDOW, "the text is long enough"
+    return [ids[at * step : at * step + WINDOW] for at in range(pieces)]
+
+
+def _all_logits(runner: TorchRunner, piece: list[int]) -> Tensor:
+    """[tokens - 1, vocab]: each token is a row of its own over the same blocks, all in order."""
+    table = list(range(-(-WINDOW // BLOCK_SIZE)))
+    runner.run([Row(piece, 0, table, [])])
+    rows = [Row([token], at, table, [GREEDY]) for at, token in enumerate(piece[:-1])]
+    return torch.cat([runner.logits(rows[first : first + 64]) for first in range(0, len(rows), 64)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=["linear", "attention", "steps", "quality"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pieces", type=int, default=8, help=f"of {WINDOW} tokens, for the quality")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.threads, arguments.rounds)
+    levels = f"kernels {processor_level()}, torch {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{levels}, {arguments.threads} thread(s)")
+    parts: dict[str, Callable[[], None]] = {
+        "linear": bench.linear,
+        "attention": bench.attention,
+        "steps": bench.steps,
+        "quality": lambda: bench.quality(arguments.pieces),
+    }
+    for name, part in parts.items():
+        if arguments.part in (None, name):
+            part()
+
+
+if __name__ == "__main__":
+    main()
