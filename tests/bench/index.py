@@ -236,7 +236,9 @@ def row(label: str, latencies: dict[str, Latency], per_s: dict[str, tuple[float,
     look_ups, together = per_s["index"]
     faster = f"{before.p50 / index.p50:8.1f}x" if before else f"{'-':>9}"
     faster_together = f"{look_ups / per_s['before'][0]:8.1f}x" if before else f"{'-':>9}"
-    late = "  over the aim" if " 256 " in label and index.p99 > AIM_MS else ""
+    late = ""
+    if " 256 " in label and index.p99 > AIM_MS:
+        late = "  over the aim" if ping.p99 < AIM_MS / 2 else "  busy machine"  # which delays a PING as much
     return (
         f"{label} {index} {ping.p99:12.2f} {index.p50 / ping.p50:10.1f}x {faster} "
         f"{look_ups:11,.0f} {together.p99:6.2f} {faster_together}{late}"
