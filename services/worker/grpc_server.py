@@ -26,7 +26,7 @@ from services.worker.lender import Lender
 from services.worker.metrics import WorkerMetrics
 from services.worker.transports import OpenTransports, parse_transports
 
-_LAST_WORDS_S = 0.5  # for errors that are on their way when the server stops
+_LAST_WORDS_S = 2.0  # for tokens and errors that are on their way when the server stops
 
 
 class WorkerServer:
