@@ -2,7 +2,8 @@
 
 A key is turned into digests where it arrives and is kept nowhere else. The tenant's id, for fair sharing and
 logs, and the salt, which travels to workers and is part of every block's hash, are different digests:
-neither gives away the other.
+neither gives away the other. They are the same at every gateway, so nothing secret goes into them: whoever
+reads the traffic to workers can try keys against a salt, and only long random keys withstand that.
 """
 
 import hashlib
