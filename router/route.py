@@ -32,7 +32,7 @@ def route(
     request for one token goes to a prefill worker only, unless the split is "never". Workers without
     room for the prompt are taken only when all lack it.
     """
-    draw = partial(_draw, near_tie=options.near_tie if options.policy == "cost" else 0.0, rng=rng)
+    draw = partial(_draw, options=options, rng=rng)
     prefills, decodes, alone = _offers(request, cached_tokens, coming_tokens, workers, options)
     if request.max_tokens == 1 and prefills:
         return Route((_best(prefills, draw),), tuple(prefills), options.policy)
@@ -119,8 +119,10 @@ def _best(offers: Sequence[Offer], draw: Draw) -> Offer:
     return draw([(offer,) for offer in offers])[0]
 
 
-def _draw(choices: Sequence[Choice], near_tie: float, rng: random.Random) -> Choice:
+def _draw(choices: Sequence[Choice], options: RouteOptions, rng: random.Random) -> Choice:
     """One of the choices whose score is within a near tie of the least."""
     scores = [sum(offer.score for offer in choice) for choice in choices]
-    limit = min(scores) * (1 + near_tie)
+    limit = min(scores)
+    if options.policy == "cost":
+        limit += min(options.near_tie * limit, options.near_tie_ms)
     return rng.choice([choice for choice, score in zip(choices, scores, strict=True) if score <= limit])

@@ -58,9 +58,11 @@ class RouteOptions:
     """
 
     policy: Policy = "cost"
-
     split: Split = "auto"
-    near_tie: float = 0.05  # of policy "cost": costs within this share of the least are equal: one is drawn
+    # Of policy "cost": costs within this share of the least, and no more milliseconds above, are equal: one
+    # is drawn. All who may compute a long prompt share most of its cost; what is left tells them apart.
+    near_tie: float = 0.05
+    near_tie_ms: float = 20.0
     # One more RPC and its confirmation; then 46 KB per token (30 layers, 3 KV heads, float32) at 1 GB/s.
     transfer_ms: float = 2.0
     transfer_ms_per_token: float = 0.05

@@ -240,6 +240,20 @@ class TestProperties:
         assert [line[0] for line in chosen.reasons] == ["*"] * own + [" "] * (len(chosen.considered) - own)
 
 
+def test_what_is_near_is_bounded_in_milliseconds_too():
+    def cluster(queued):
+        return [
+            worker("busy", "prefill", queued_prefill_tokens=queued),
+            worker("idle", "prefill"),
+            worker("d", "decode"),
+        ]
+
+    options = RouteOptions(split="always", near_tie=0.05, near_tie_ms=20.0)
+    for queued, drawn in ((15, {"busy", "idle"}), (25, {"idle"})):
+        routes = [choose(cluster(queued), prompt=5_000, options=options, seed=seed) for seed in range(20)]
+        assert {chosen.prefill for chosen in routes} == drawn
+
+
 class TestSplit:
     def test_a_long_prompt_is_split(self):
         assert places(choose([worker("p", "prefill"), worker("d", "decode")], prompt=1_000)) == ("p", "d")
