@@ -94,7 +94,7 @@ bench-index: setup
 	@$(PY) -m tests.bench.index $(if $(QUICK),--quick)
 
 # The C++ kernels with 8-bit weights beside torch in float32: rates, steps and quality
-# (PART=linear|attention|steps|quality, THREADS=1).
+# (PART=linear|attention|sampling|steps|quality, THREADS=1).
 bench-kernels: setup
 	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART))
 

@@ -154,6 +154,25 @@ class Int8Kernels:
         del tables
         return out
 
+    def sample(self, logits: Tensor, draws: NDArray[np.void]) -> list[int]:
+        """One token for each row of float32 [rows, vocab].
+
+        draws: rows of `library.DRAW`: seed, choice, index (of the output's token), top_p (1: off), min_p
+        (0: off), temperature (0: the most probable token) and top_k (0: off).
+        """
+        logits = logits.contiguous()
+        tokens = np.empty(len(draws), dtype=np.int64)
+        self.library.diptych_sample(
+            self.team,
+            logits.data_ptr(),
+            len(draws),
+            logits.shape[1],
+            draws.ctypes.data,
+            tokens.ctypes.data,
+        )
+        chosen: list[int] = tokens.tolist()
+        return chosen
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """float32 [rows, n] with `weight` [n]."""
         x, y = x.contiguous(), torch.empty(x.shape)

@@ -48,8 +48,22 @@ class ModelStruct(Structure):
     ]
 
 
-# A struct of C as rows of numpy.
+# Structs of C as rows of numpy.
 SEQUENCE = np.dtype([("first", "i4"), ("queries", "i4"), ("start", "i4"), ("table", "u8")], align=True)
+
+
+DRAW = np.dtype(
+    [
+        ("seed", "i8"),
+        ("choice", "i8"),
+        ("index", "i8"),
+        ("top_p", "f8"),
+        ("min_p", "f8"),
+        ("temperature", "f4"),
+        ("top_k", "i4"),
+    ],
+    align=True,
+)
 
 
 class BatchStruct(Structure):
@@ -85,6 +99,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         None,
         [c_void_p, POINTER(PoolStruct), *[c_int32] * 3, c_void_p, c_int32, c_void_p, c_void_p],
     ),
+    "diptych_sample": (None, [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p]),
     "diptych_rms_norm": (None, [c_void_p, c_void_p, c_int32, c_int32, c_float, c_void_p]),
     "diptych_swiglu": (None, [c_void_p, c_int32, c_void_p]),
     "diptych_decoder_create": (c_void_p, [POINTER(ModelStruct), c_void_p]),

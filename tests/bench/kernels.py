@@ -1,6 +1,6 @@
 """The C++ kernels with 8-bit weights beside torch in float32, on the shapes of the default model.
 
-    python -m tests.bench.kernels [--part linear|attention|steps|quality] [--threads N] [--rounds N]
+    python -m tests.bench.kernels [--part linear|attention|sampling|steps|quality] [--threads N] [--rounds N]
 
 Both sides of a line run by turns, and the line shows the best time of each: other work on the machine only
 ever adds time. Rates count the same operations for both (2 per weight and row; 4 per query, key and
@@ -26,6 +26,7 @@ from kernels.cpu.build import processor_level
 from kernels.cpu.int8 import Int8Kernels, PackedWeight
 from services.core.sampling import SamplingParams
 from services.engine.device.batch import TOKENS_PER_GROUP_CPU
+from services.engine.device.sampler import choose_with_kernels, choose_with_torch
 from services.engine.device.torch_runner import TorchRunner
 from services.engine.runner import Row, Sample
 from services.model.config import ModelConfig
@@ -137,6 +138,23 @@ class Bench:
         )
         print(f"{name:29s}{near * 1e6:7.0f} us{exact * 1e6:7.0f} us{exact / near:7.1f}x")
 
+    def sampling(self) -> None:
+        logits = torch.randn(SEQUENCES[-1], self._files.config.vocab_size) * 3
+        choose = choose_with_kernels(self._kernels)
+        print(f"\n{f'sampling {len(logits)} tokens':29s}{'kernels':>10s}{'torch':>10s}{'ratio':>8s}")
+        for name, limits in {
+            "greedy": {"temperature": 0.0},
+            "temperature 1": {},
+            "top_p 0.9": {"top_p": 0.9},
+            "top_k 40": {"top_k": 40},
+        }.items():
+            params = SamplingParams(max_tokens=1, **{"temperature": 1.0, **limits})  # type: ignore[arg-type]
+            samples = [Sample(params, [], [])] * len(logits)
+            near, exact = best_times(
+                [partial(choose, logits, samples), partial(choose_with_torch, logits, samples)], self._rounds
+            )
+            print(f"{name:29s}{near * 1e3:7.2f} ms{exact * 1e3:7.2f} ms{exact / near:7.1f}x")
+
     def steps(self) -> None:
         near, exact = self._runners()
         print(f"\n{f'step, {CONTEXT} tokens of context':29s}{'int8':>10s}{'float32':>10s}{'ratio':>8s}")
@@ -210,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["linear", "attention", "steps", "quality"])
+    parser.add_argument("--part", choices=["linear", "attention", "sampling", "steps", "quality"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--pieces", type=int, default=8, help=f"of {WINDOW} tokens, for the quality")
@@ -221,6 +239,7 @@ def main() -> None:
     parts: dict[str, Callable[[], None]] = {
         "linear": bench.linear,
         "attention": bench.attention,
+        "sampling": bench.sampling,
         "steps": bench.steps,
         "quality": lambda: bench.quality(arguments.pieces),
     }

@@ -15,7 +15,6 @@
 
 constexpr int TILE = 64;          // tokens
 constexpr int QUERY_ROWS = 32;    // (query, head) pairs of one kv head that share the tiles they read
-constexpr float LOG2_E = 1.44269504f;
 
 struct Pool {
     float* data;  // [blocks][layers][k|v][kv_heads][block_size][dim]

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "decoder.h"
 #include "linear.h"
+#include "sampling.h"
 #include "team.h"
 
 extern "C" {
@@ -72,6 +73,14 @@ void diptych_rms_norm(const float* x, const float* weight, int32_t rows, int32_t
 // y[rows][16] from [rows][32]: 16 of gate, then 16 of up.
 void diptych_swiglu(const float* gate_up, int32_t rows, float* y) {
     for (int row = 0; row < rows; row++) swiglu(gate_up + row * 32, gate_up + row * 32 + 16, y + row * 16);
+}
+
+// The tokens of logits[rows][vocab], each row by its own draw.
+void diptych_sample(Team* team, const float* logits, int32_t rows, int32_t vocab, const Draw* draws, int64_t* tokens) {
+    team->run([&](int) {
+        Sampler sampler;
+        team->share(rows, [&](int row) { tokens[row] = sampler.draw(logits + size_t(row) * vocab, vocab, draws[row]); });
+    });
 }
 
 // The team and what the model points to must outlive the decoder.

@@ -53,6 +53,8 @@ static inline Ints rounded(Floats x) {
     return (Ints)(x + magic) - (Ints)all(magic);
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
 // 2^x within 2 units of the last place; 0 below -126. The fraction's polynomial is the Taylor series
 // of 2^f on [-1/2, 1/2], whose first term left out is below 2^-25.
 static inline Floats exp2_of(Floats x) {

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from kernels import ops
 from services.engine.device.batch import Batch, build_batch
+from services.engine.device.sampler import Choose, choose_with_torch
 from services.engine.device.weights import LayerWeights, Weights
 from services.engine.runner import Row
 from services.model.config import ModelConfig
 
 
 class Decoder:
+    choose: Choose = staticmethod(choose_with_torch)
+
     def __init__(self, config: ModelConfig, weights: Weights[Tensor], pool: Tensor) -> None:
         """pool: contiguous, finite [blocks, layers, 2, kv_heads, block_size, head_dim] on the same device."""
         self._config = config

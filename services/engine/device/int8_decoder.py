@@ -11,6 +11,7 @@ from kernels.cpu.int8 import Int8Decoder, Int8Kernels, Int8Model
 from kernels.ops import AttentionRow
 from services.core.errors import ConfigError
 from services.engine.device.decoder import rope_frequencies
+from services.engine.device.sampler import Choose, choose_with_kernels
 from services.engine.device.weights import Packing, load_weights
 from services.engine.runner import Row
 from services.model.files import ModelFiles
@@ -18,8 +19,9 @@ from services.model.home import diptych_home
 
 
 class QuantizedDecoder:
-    def __init__(self, decoder: Int8Decoder) -> None:
+    def __init__(self, decoder: Int8Decoder, choose: Choose) -> None:
         self._decoder = decoder
+        self.choose = choose
 
     def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
         """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
@@ -57,4 +59,4 @@ def load_int8_decoder(files: ModelFiles, pool: Tensor, threads: int) -> Quantize
         final_norm=weights.final_norm,
         unembedding=weights.unembedding,
     )
-    return QuantizedDecoder(Int8Decoder(kernels, model, pool))
+    return QuantizedDecoder(Int8Decoder(kernels, model, pool), choose_with_kernels(kernels))

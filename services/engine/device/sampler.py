@@ -7,10 +7,13 @@ Nothing in it depends on the other rows of the batch, nor on the worker.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels import ops
+from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.library import DRAW
 from services.engine.runner import Sample
 
 # Rows that are sampled together. On a CPU a row's float64 noise (8 bytes per token of the vocabulary)
@@ -19,9 +22,11 @@ _ROWS_AT_ONCE_CPU = 2
 _ROWS_AT_ONCE_GPU = 256
 
 
-def sample_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
-    """The next token of each row. logits: float32 [rows, vocab], left as they are."""
-    logits = _adjust(logits, samples)
+# Chooses each row's token from float32 [rows, vocab] after penalties.
+Choose = Callable[[Tensor, Sequence[Sample]], list[int]]
+
+
+def choose_with_torch(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
     tokens = [0] * len(samples)
     greedy = [row for row, sample in enumerate(samples) if sample.params.temperature == 0]
     drawn = [row for row, sample in enumerate(samples) if sample.params.temperature != 0]
@@ -33,6 +38,29 @@ def sample_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
         rows = drawn[start : start + at_once]
         _store(tokens, rows, _draw(logits[rows], [samples[row] for row in rows]))
     return tokens
+
+
+def choose_with_kernels(kernels: Int8Kernels) -> Choose:
+    """The same tokens from the C++ kernels; logits on a CPU."""
+
+    def choose(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
+        draws = np.empty(len(samples), dtype=DRAW)
+        params = [sample.params for sample in samples]
+        draws["seed"] = [_signed(p.seed) for p in params]
+        draws["choice"] = [sample.choice for sample in samples]
+        draws["index"] = [len(sample.output_ids) for sample in samples]
+        draws["temperature"] = [p.temperature for p in params]
+        draws["top_k"] = [min(p.top_k, logits.shape[1]) for p in params]
+        draws["top_p"] = [p.top_p for p in params]
+        draws["min_p"] = [p.min_p for p in params]
+        return kernels.sample(logits, draws)
+
+    return choose
+
+
+def sample_tokens(logits: Tensor, samples: Sequence[Sample], choose: Choose = choose_with_torch) -> list[int]:
+    """The next token of each row. logits: float32 [rows, vocab], left as they are."""
+    return choose(_adjust(logits, samples), samples)
 
 
 def _store(tokens: list[int], rows: list[int], chosen: Tensor) -> None:

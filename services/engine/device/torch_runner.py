@@ -12,7 +12,7 @@ from torch import Tensor
 from services.core.errors import ConfigError
 from services.engine.device.decoder import Decoder
 from services.engine.device.int8_decoder import load_int8_decoder
-from services.engine.device.sampler import sample_tokens
+from services.engine.device.sampler import Choose, sample_tokens
 from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.engine.runner import Row
 from services.model.config import ModelConfig
@@ -23,6 +23,9 @@ _DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 
 class Computation(Protocol):
+    @property
+    def choose(self) -> Choose: ...
+
     def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
         """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
         ...
@@ -68,8 +71,9 @@ class TorchRunner:
         places = [place for place, index in enumerate(sampled) for _ in rows[index].samples]
         if len(samples) > len(logits):  # several choices are drawn from the logits of one row
             logits = logits[places]
+        chosen = sample_tokens(logits, samples, self._decoder.choose)
         tokens: list[list[int]] = [[] for _ in rows]
-        for place, token in zip(places, sample_tokens(logits, samples), strict=True):
+        for place, token in zip(places, chosen, strict=True):
             tokens[sampled[place]].append(token)
         if self.pool.is_cuda:
             torch.cuda.synchronize(self.pool.device)  # readers of the pool wait for no stream of ours
