@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from router.state import Route
+from services.core.clock import Clock
 from services.core.errors import Overloaded
 from services.gateway.cluster_view import ClusterView
+from services.gateway.door_shares import DoorShares
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.place_queue import RETRY_AFTER_S_MAX, RETRY_AFTER_S_MIN, PlaceQueue
 from services.gateway.places import Places
@@ -46,11 +48,13 @@ class Admission:
         places: Places,
         view: ClusterView,
         metrics: GatewayMetrics,
+        clock: Clock,
     ) -> None:
         self._limits = limits
         self._queue, self._places, self._view = queue, places, view
         self._metrics = metrics
         self._inflight = 0
+        self._shares = DoorShares(clock)
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -75,6 +79,7 @@ class Admission:
             self._check_tokens(ticket)
             self._check_decode(ticket)
         self._check_deadline(ticket, ideal)
+        self._shares.note(ticket.priority, ticket.tenant, ticket.cost, let_in=True)
         self._queue.enter(ticket)
 
     def estimate(self, ticket: Ticket) -> Route | None:
@@ -130,7 +135,9 @@ class Admission:
             return
         expected_s = self._queue.wait_s(ticket) + self._queue.first_token_s(ticket)
         allowed_s = (ticket.first_token_by - ticket.since) * DEADLINE_SHARE
+        allowed_s *= self._shares.share(ticket.priority, ticket.tenant)
         if expected_s > allowed_s:
+            self._shares.note(ticket.priority, ticket.tenant, ticket.cost, let_in=False)
             message = f"The answer would begin in about {expected_s:.1f} s, later than it may."
             self._refuse("deadline", message, expected_s - allowed_s)
 

@@ -30,7 +30,8 @@ class Priority(IntEnum):
         return self.name.lower()
 
 
-WEIGHTS = {Priority.HIGH: 16, Priority.NORMAL: 4, Priority.LOW: 1}
+# Low gets enough not to starve: were it more, those who are few there would fare better than normal ones.
+WEIGHTS = {Priority.HIGH: 64, Priority.NORMAL: 8, Priority.LOW: 1}
 QUANTUM = 256  # tokens: about one short request, so that tenants alternate
 
 

@@ -60,7 +60,9 @@ class Gateway:
         options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
         places = Places(self.view, options, _place_limits(config), clock, self._rng)
         self.queue = PlaceQueue(places, self.view, _wait_limits(config), self.metrics, clock)
-        self.admission = Admission(_admission_limits(config), self.queue, places, self.view, self.metrics)
+        self.admission = Admission(
+            _admission_limits(config), self.queue, places, self.view, self.metrics, clock
+        )
         self._pipeline = Pipeline(self.queue, self.view, workers, clock)
         self._retry_policy = RetryPolicy(config.attempts_max, config.attempts_total_max)
         self.metrics.ready.set_function(lambda: self.ready)

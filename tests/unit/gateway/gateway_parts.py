@@ -58,7 +58,7 @@ class GatewayParts:
         self.queue = PlaceQueue(self.places, self.view, waits or WaitLimits(), self.metrics, clock)
         self.view.on_refresh = self.queue.wake
         limits = admission or AdmissionLimits()
-        self.admission = Admission(limits, self.queue, self.places, self.view, self.metrics)
+        self.admission = Admission(limits, self.queue, self.places, self.view, self.metrics, clock)
         self.pipeline = Pipeline(self.queue, self.view, self.workers, clock)
 
     async def hear(self, *reports: WorkerReport) -> None:
