@@ -31,7 +31,7 @@ DATA = ROOT.parent / "shared" / "data"
 PROGRESS_S = 10.0
 SEEDS, REQUESTS = "6,7,8,9,10", 1500  # the policy `cost` was tuned on others
 SEEDS_QUICK, REQUESTS_QUICK = "6,7", 400
-WIDTH = 170  # of the tables, where there is no terminal
+WIDTH = 190  # of the tables, where there is no terminal
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ class Row:
     p99_ttft_s: float
     ttft_ratio: Interval  # mean TTFT / that of `cost`
     p99_ratio: Interval
+    tpot_ratio: Interval
     hit_rate: float
     fetched_share: float
     alone_share: float
@@ -37,7 +38,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("ttft_ratio", "p99_ratio"):
+        for name in ("ttft_ratio", "p99_ratio", "tpot_ratio"):
             interval: Interval = plain[name]
             plain[name] = [interval.value, interval.low, interval.high]
         return plain
@@ -58,11 +59,15 @@ def compare(results: Iterable[Done]) -> list[Row]:
 def worse_than_best(rows: Sequence[Row]) -> list[str]:
     """Where another policy is better than `cost`, beyond the interval: one line each."""
     return [
-        f"{row.trace}, {row.load} load: {row.policy} has {what} x{ratio.value:.3f}"
+        f"{row.trace}, {row.load} load: {row.policy} has a {what} of ×{ratio.value:.3f}"
         f" ({ratio.low:.3f} to {ratio.high:.3f}) of cost's"
         for row in rows
         if row.policy != REFERENCE
-        for what, ratio in (("a mean TTFT", row.ttft_ratio), ("a p99 TTFT", row.p99_ratio))
+        for what, ratio in (
+            ("mean TTFT", row.ttft_ratio),
+            ("p99 TTFT", row.p99_ratio),
+            ("mean TPOT", row.tpot_ratio),
+        )
         if ratio.below_one
     ]
 
@@ -92,6 +97,7 @@ def _row(
         p99_ttft_s=fmean(o.p99_ttft_s for o in outcomes),
         ttft_ratio=ratio(lambda o: o.mean_ttft_s),
         p99_ratio=ratio(lambda o: o.p99_ttft_s),
+        tpot_ratio=ratio(lambda o: o.mean_tpot_s),
         hit_rate=fmean(o.hit_rate for o in outcomes),
         fetched_share=fmean(o.fetched_share for o in outcomes),
         alone_share=fmean(o.alone_share for o in outcomes),

@@ -13,7 +13,7 @@ from tests.bench.routing.statistics import Interval
 
 COLUMNS = (
     *("load", "policy", "mean TTFT", "of cost's", "p99 TTFT", "of cost's", "hit rate", "fetched", "alone"),
-    *("max/mean work", "busy", "TPOT"),
+    *("max/mean work", "busy", "TPOT", "of cost's"),
 )
 
 
@@ -117,6 +117,7 @@ def cells(row: Row) -> list[str]:
         f"{row.imbalance:.2f}",
         f"{row.utilisation:.0%}",
         f"{row.tpot_ms:.0f} ms",
+        "" if own else _ratio(row.tpot_ratio),
     ]
 
 
