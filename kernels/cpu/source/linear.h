@@ -24,6 +24,7 @@ typedef int8_t Activation;
 #else
 typedef int16_t Activation;  // the products of 16-bit integers are what AVX2 has
 #endif
+typedef Activation Activations __attribute__((vector_size(sizeof(Activation) * WIDTH), aligned(1), may_alias));
 
 struct Packed {
     int32_t outputs, inputs;
@@ -55,12 +56,10 @@ static void quantize_row(const float* x, const Rows& rows, int row) {
         for (int k = 0; k < GROUP; k += WIDTH) {
             const Ints values = rounded(load(x + k) * inverse);
             sum += values;
-            for (int lane = 0; lane < WIDTH; lane++) q[k + lane] = Activation(values[lane]);
+            *reinterpret_cast<Activations*>(q + k) = __builtin_convertvector(values, Activations);
         }
-        int32_t total = 0;
-        for (int lane = 0; lane < WIDTH; lane++) total += sum[lane];
         rows.scale[size_t(row) * rows.groups + group] = top / 127.0f;
-        rows.begin[size_t(row) * rows.groups + group] = -128 * total;
+        rows.begin[size_t(row) * rows.groups + group] = -128 * sum_of(sum);
     }
 }
 

@@ -6,6 +6,7 @@
 // source rounds the same way everywhere a processor has them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -83,11 +84,19 @@ static inline float sum_of(const Floats* parts) {
 }
 
 static inline float max_of(Floats x) {
-    float lanes[WIDTH], largest;
+    float lanes[WIDTH];
     store(lanes, x);
-    largest = lanes[0];
-    for (int lane = 1; lane < WIDTH; lane++) largest = lanes[lane] > largest ? lanes[lane] : largest;
-    return largest;
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] = std::max(lanes[lane], lanes[lane + half]);
+    return lanes[0];
+}
+
+static inline int32_t sum_of(Ints x) {
+    int32_t lanes[WIDTH];
+    *reinterpret_cast<Ints*>(lanes) = x;
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
 }
 
 // Eight rows of eight floats become columns: to[j * to_stride + i] = from[i * from_stride + j].
