@@ -26,7 +26,7 @@ LEVELS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "plain": (frozenset(), ()),
 }
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wno-psabi")
-_COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S_MAX = 300.0  # it takes 5 to 10 seconds on one core that nobody else uses
 
 
@@ -63,7 +63,7 @@ def processor_features() -> frozenset[str]:
 
 def _compiler() -> str:
     chosen = os.environ.get("CXX")
-    names = (chosen,) if chosen else _COMPILERS
+    names = (chosen,) if chosen else COMPILERS
     for name in names:
         if path := shutil.which(name):
             return path

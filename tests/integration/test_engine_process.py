@@ -1,16 +1,19 @@
 """The real engine process behind its handle: it answers, and every way it can end is noticed."""
 
 import asyncio
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
 import pytest
 
+from kernels.cpu.build import COMPILERS, processor_level
 from services.core.clock import SystemClock
-from services.core.errors import EngineFailed, EngineStalled, ModelFileError
+from services.core.errors import DiptychError, EngineFailed, EngineStalled, ModelFileError
 from services.core.sampling import SamplingParams
 from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.messages import EngineSetup, Limits, Refused, Report, Submit, Token
@@ -20,8 +23,11 @@ from services.worker.identity import identify
 PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 
 
-def setup(model: Path) -> EngineSetup:
-    identity = identify(WorkerConfig(model=str(model), redis="redis://unused", blocks=64, threads=1))
+def setup(model: Path, quantization: Literal["none", "int8"] = "none") -> EngineSetup:
+    config = WorkerConfig(
+        model=str(model), redis="redis://unused", blocks=64, threads=1, quantization=quantization
+    )
+    identity = identify(config)
     return EngineSetup(
         model=str(model),
         device="cpu",
@@ -66,6 +72,28 @@ async def test_it_answers_with_tokens_in_order(subject: Subject) -> None:
     assert [token.index for token in tokens] == [0, 1, 2, 3, 4]
     assert [token.finish for token in tokens] == [None, None, None, None, "length"]
     assert tokens[0].token == 7042, "Paris"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+async def test_with_8_bit_weights_it_answers_from_the_kernels(default_model: Path) -> None:
+    subject = Subject()
+    await subject.handle.start(setup(default_model, "int8"))
+    loaded = [file.path for file in subject.process.memory_maps()]
+    subject.submit(max_tokens=1)
+    token = await subject.next(Token)
+    await subject.handle.stop()
+    assert token.token == 7042, "Paris"
+    assert any(processor_level() in path and "kernels" in path for path in loaded)
+
+
+async def test_without_a_compiler_8_bit_weights_are_refused_with_the_remedy(
+    default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    subject = Subject()
+    with pytest.raises(DiptychError, match=r"no-such-compiler.*--quantization none"):
+        await subject.handle.start(setup(default_model, "int8"))
 
 
 async def test_a_killed_engine_fails_every_sequence_once(subject: Subject) -> None:
