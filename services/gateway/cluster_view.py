@@ -39,6 +39,9 @@ SUSPICION_S = 3.0
 HEARD_AGAIN_S = 0.5
 # Of reports that did not change: several of the worker's periods, and more than a timeout of Redis.
 SILENT_S = 1.25
+# While Redis is away, what a worker had to do by its last report is held against it for so long: the work of
+# others would never end, and answers would never give back what they had grown to. Who has no room says so.
+LOAD_S = 5.0
 # An index that did not answer (of a Redis Cluster one node may be gone) is not waited for again for so long.
 INDEX_PAUSE_S = 1.0
 # Workers publish their caches again when Redis is back: they look every 5 s whether their entries are there.
@@ -173,13 +176,13 @@ class ClusterView:
 
     def worker_views(self) -> list[WorkerView]:
         """For the router: what the workers have to do now, by their reports and our own work."""
-        now = self._clock.now()
-        return [
-            self.in_flight.applied_to(
-                self._view(report), now - self._heard_at[report.worker_id] + report.load_age_ms / 1e3
-            )
-            for report in self._reports.values()
-        ]
+        return [self._with_ours(report) for report in self._reports.values()]
+
+    def _with_ours(self, report: WorkerReport) -> WorkerView:
+        age_s = self._clock.now() - self._heard_at[report.worker_id] + report.load_age_ms / 1e3
+        if age_s > LOAD_S and not self._store_answers:
+            return self.in_flight.alone_on(self._view(_without_load(report)))
+        return self.in_flight.applied_to(self._view(report), age_s)
 
     def _view(self, report: WorkerReport) -> WorkerView:
         doubtful = self._is_doubtful(report)
@@ -273,6 +276,19 @@ class ClusterView:
 
     def _chain(self, token_bytes: bytes, compatibility: Compatibility, salt: str) -> list[bytes]:
         return self._chain_hashes(token_bytes, compatibility.block_size, chain_root(compatibility, salt))
+
+
+def _without_load(report: WorkerReport) -> WorkerReport:
+    return msgspec.structs.replace(
+        report,
+        blocks_free=report.blocks_total,
+        blocks_cached=0,
+        running=0,
+        waiting=0,
+        queued_prefill_tokens=0,
+        queued_prefill_context=0,
+        running_context=0,
+    )
 
 
 def _chain_hashes(token_bytes: bytes, block_size: int, root: bytes) -> list[bytes]:

@@ -54,11 +54,11 @@ class Commitments:
                 if not commitment.choices.goes_on(choice):
                     self._lengths.note(len(commitment.choices.delivered[choice]))
 
-    def growth_blocks(self, report: WorkerReport) -> int:
-        """Blocks that the answers on this decode worker will still need. Those of other gateways are taken
-        to be halfway through."""
+    def growth_blocks(self, report: WorkerReport, running: int) -> int:
+        """Blocks that the answers on this decode worker will still need, `running` sequences. Those of
+        other gateways are taken to be halfway through."""
         size = report.compatibility.block_size
         ours = self._open.get(report.worker_id, ())
-        others = max(0, report.running - sum(one.running for one in ours)) if report.decodes else 0
+        others = max(0, running - sum(one.running for one in ours)) if report.decodes else 0
         each = -(-self._lengths.expected(report.context_tokens_max) // (2 * size))
         return sum(one.growth_blocks(size) for one in ours) + others * each

@@ -7,11 +7,11 @@ Without it, all requests of a burst would be routed by the same old snapshot and
                               - our parts that one has named and that have ended since the last one
 
 So a part counts once, whenever it reaches the worker's engine and however old a report is. When Redis is
-away and no report comes, the queue of the last one runs out, and what counts are our own prompts that wait
-for their first token and our own sequences.
+away and no report comes, the queue of the last one runs out. Once it is too old to say anything, what counts
+are our own prompts that wait for their first token and our own sequences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -100,18 +100,17 @@ class InFlight:
         view = _worked_off(view, age_s)
         worker = self._workers.get(view.id, _OnWorker())
         fresh = [part for part in worker.parts if not part.reported]
-        blocks = view.blocks_available + worker.ended_blocks - sum(part.blocks for part in fresh)
-        running = view.running - worker.ended_sequences
-        running_context = view.running_context - worker.ended_context
-        return replace(
+        left = replace(
             view,
-            queued_prefill_tokens=view.queued_prefill_tokens + sum(p.prefill_tokens for p in fresh),
-            queued_prefill_context=view.queued_prefill_context + sum(p.prefill_context for p in fresh),
-            waiting=view.waiting + sum(part.prefill_tokens > 0 for part in fresh if not part.sequences),
-            running=max(0, running) + sum(part.sequences for part in fresh),
-            running_context=max(0, running_context) + sum(part.context for part in fresh),
-            blocks_available=max(0, blocks),
+            running=max(0, view.running - worker.ended_sequences),
+            running_context=max(0, view.running_context - worker.ended_context),
+            blocks_available=view.blocks_available + worker.ended_blocks,
         )
+        return _with_parts(left, fresh)
+
+    def alone_on(self, idle: WorkerView) -> WorkerView:
+        """What the worker has to do if nothing is known but what we have sent; `idle` shows it without."""
+        return _with_parts(idle, self._workers.get(idle.id, _OnWorker()).parts)
 
     def _end(self, part: Part) -> None:
         worker = self._workers[part.worker_id]
@@ -136,6 +135,18 @@ def _part(offer: Offer, tag: int, now: float, known_tokens: int, choices: int) -
         sequences=sequences,
         context=sequences * known_tokens,
         blocks=-(-known_tokens // offer.worker.block_size) + max(sequences, 1),
+    )
+
+
+def _with_parts(view: WorkerView, parts: Sequence[Part]) -> WorkerView:
+    return replace(
+        view,
+        queued_prefill_tokens=view.queued_prefill_tokens + sum(part.prefill_tokens for part in parts),
+        queued_prefill_context=view.queued_prefill_context + sum(part.prefill_context for part in parts),
+        waiting=view.waiting + sum(part.prefill_tokens > 0 for part in parts if not part.sequences),
+        running=view.running + sum(part.sequences for part in parts),
+        running_context=view.running_context + sum(part.context for part in parts),
+        blocks_available=max(0, view.blocks_available - sum(part.blocks for part in parts)),
     )
 
 

@@ -222,9 +222,11 @@ class PlaceQueue:
             self._serve(list(self._begun))
             while (oldest := self._holding_back()) is not None and self._try(oldest):
                 pass
-            if oldest is None:
+            if oldest is None or oldest.workerless_since is not None:  # then it waits for no blocks
                 self._serve(sorted(self._aside, key=lambda one: (one.priority, one.since)))
                 self._serve_fairly()
+            else:
+                self._note_workers()
         self._note_who_waits()
 
     def _serve(self, tickets: Sequence[Ticket]) -> None:
@@ -250,6 +252,12 @@ class PlaceQueue:
                 self._aside.sort(key=lambda one: one.since)
             else:
                 passed_over.add(head.priority)
+
+    def _note_workers(self) -> None:
+        """There are some, although those who are held back do not ask."""
+        self._workerless_since = None
+        for ticket in self._aside:
+            ticket.workerless_since = None
 
     def _holding_back(self) -> Ticket | None:
         """Who has lacked blocks for so long that nobody may go before it."""
@@ -337,11 +345,9 @@ class PlaceQueue:
         )
 
     def _workerless_since_of(self, ticket: Ticket) -> float | None:
-        if ticket in self._begun or ticket in self._aside:
-            return ticket.workerless_since
-        if self._workerless_since is None:
-            return None
-        return max(self._workerless_since, ticket.entered_at)
+        tried_itself = ticket in self._begun or ticket in self._aside
+        since = ticket.workerless_since if tried_itself else self._workerless_since
+        return None if since is None else max(since, ticket.entered_at)
 
 
 def _no_worker() -> NoWorker:

@@ -179,7 +179,9 @@ class Places:
 
     def _promised_blocks(self, view: WorkerView) -> int:
         report = self._view.report(view.id)
-        return report.blocks_total - view.blocks_available + self.commitments.growth_blocks(report)
+        return (
+            report.blocks_total - view.blocks_available + self.commitments.growth_blocks(report, view.running)
+        )
 
     def give_back(self, place: Place) -> None:
         """It is over. Its workers may have room again, except for one that has just said otherwise."""
@@ -222,7 +224,7 @@ class Places:
     def _holds_answers(self, view: WorkerView, report: WorkerReport, request: RouteRequest) -> bool:
         """Whoever needs more than all there is gets a place where nothing else is."""
         usable = int(report.blocks_total * self._limits.decode_share)
-        grown = view.blocks_available - self.commitments.growth_blocks(report)
+        grown = view.blocks_available - self.commitments.growth_blocks(report, view.running)
         answer = _blocks(self.lengths.expected(request.max_tokens), view)
         needed = min(_blocks(request.prompt_tokens, view) + request.choices * answer, usable)
         return grown - (report.blocks_total - usable) >= needed

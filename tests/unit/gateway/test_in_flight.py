@@ -120,6 +120,14 @@ def test_without_reports_our_own_sequences_are_what_counts(in_flight) -> None:
     assert in_flight.applied_to(last, age_s=60.0).running == 0
 
 
+def test_without_any_load_of_a_report_all_our_parts_count_reported_or_not(in_flight) -> None:
+    with in_flight.sent(route("alone"), "r-1", 40, 1), in_flight.sent(route("decode"), "r-2", 40, 1):
+        in_flight.heard(report("r-1"))
+        view = in_flight.alone_on(VIEW)
+        assert (view.queued_prefill_tokens, view.running, view.blocks_available) == (40, 2, 2)
+    assert in_flight.alone_on(VIEW) == VIEW
+
+
 def test_a_queue_of_prompts_is_worked_off_while_a_report_ages() -> None:
     busy = replace(
         VIEW,

@@ -10,6 +10,7 @@ import pytest
 from services.core.clock import ManualClock
 from services.core.errors import DeadlineExceeded, NoWorker, Overloaded
 from services.gateway.choices import Choices
+from services.gateway.cluster_view import LOAD_S
 from services.gateway.fair_queue import Priority
 from services.gateway.generation import AttemptFailed
 from services.gateway.place_queue import HOLD_BACK_AFTER_S, LOOK_AGAIN_S, WaitLimits
@@ -294,6 +295,47 @@ class TestEnds:
         await line.pass_time(1.0)
         assert not waiter.task.done(), "it waits for room now"
         await waiter.leave()
+
+    async def test_whoever_is_held_back_waits_for_room_and_not_for_a_worker(self, line: Line) -> None:
+        await line.report(blocks_free=4)
+        large = await line.come(160)
+        await line.report(blocks_free=4, state="draining")
+        small = await line.come(16)
+        await line.pass_time(HOLD_BACK_AFTER_S + 0.5)
+        await line.report(blocks_free=4)
+        await line.pass_time(LIMITS.without_worker_s)
+        assert not large.task.done()
+        assert not small.task.done(), "there is a worker"
+
+    async def test_without_any_worker_the_wait_is_short_behind_a_large_request_too(self, line: Line) -> None:
+        await line.report(blocks_free=4)
+        large = await line.come(160)
+        await line.pass_time(HOLD_BACK_AFTER_S + LOOK_AGAIN_S)
+        small = await line.come(160)
+        await line.report(blocks_free=4, state="draining")
+        await line.pass_time(LIMITS.without_worker_s + 2 * LOOK_AGAIN_S)
+        for waiter in (large, small):
+            await self.fails_with(waiter, NoWorker)
+
+    @pytest.mark.parametrize(
+        "last_report",
+        [
+            {"blocks_free": 2, "running": 3},
+            {"running": 8, "sequences_max": 8},
+            {"running": 1, "waiting": 20, "sequences_max": 8},
+        ],
+    )
+    async def test_what_a_last_report_said_closes_no_worker_while_redis_is_away(
+        self, line: Line, last_report
+    ) -> None:
+        await line.report(**last_report)
+        waiter = await line.come(400)
+        line.membership.available = False
+        await line.view.refresh()
+        await line.pass_time(LOAD_S - 0.5)
+        assert not waiter.placed
+        await line.pass_time(1.0)
+        assert waiter.placed
 
     async def test_without_room_it_ends_with_429_and_a_time(self) -> None:
         line = Line()
