@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ async def _stream(
         if response.status_code != httpx.codes.OK:
             await response.aread()
             return _refused(call, response)
-        async for line in response.aiter_lines():
+        async for line in _lines(response):
             if not line:
                 continue
             patience.reschedule(None)  # the first byte has come
@@ -95,6 +96,17 @@ async def _stream(
         arrivals[0] - sent_s if arrivals else None,
         tuple(later - earlier for earlier, later in itertools.pairwise(arrivals)),
     )
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """httpx's own splits at every character that Unicode calls a line's end, also within JSON."""
+    rest = ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
 
 
 def _has_text(choice: dict[str, Any]) -> bool:

@@ -37,6 +37,13 @@ async def test_a_whole_answer_is_completed_with_its_tokens() -> None:
     assert await outcome(WHOLE, answer()) == Outcome("completion, whole", "completed", status=200, tokens=2)
 
 
+async def test_a_line_ends_at_a_newline_and_at_no_other_character() -> None:
+    text = [{"choices": [{"text": "a\u2028b\x85c", "finish_reason": end}]} for end in (None, "length")]
+    lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in (*text, USAGE)]
+    response = httpx.Response(200, content="".join([*lines, "data: [DONE]\n\n"]).encode())
+    assert (await outcome(STREAM, response)).end == "completed"
+
+
 async def test_a_refusal_says_when_to_come_again() -> None:
     refusal = httpx.Response(429, headers={"Retry-After": "7"}, text="later")
     for call in (WHOLE, STREAM):
