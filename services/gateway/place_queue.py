@@ -7,7 +7,7 @@
 
 Whoever stands aside is tried first when anything changes. After HOLD_BACK_AFTER_S without enough free blocks
 nobody goes before it any more, so that a large request does not starve among small ones. One that avoids
-a worker after a failure holds nobody back.
+a worker after a failure holds nobody back, and none does where all that is taken is other gateways'.
 
 Nothing here polls for its own sake: requests that come, first tokens, ends of attempts and new reports
 wake the queue. A look every LOOK_AGAIN_S sees what only time changes.
@@ -34,6 +34,9 @@ from services.gateway.worker_client import OutputToken, PrefillResult
 logger = logging.getLogger(__name__)
 
 HOLD_BACK_AFTER_S = 2.0  # until then anybody may go first, which keeps the workers busy
+# Blocks that are lacking so long after our last work has ended belong to other gateways: it has been in
+# several reports what ours gave back.
+OURS_IDLE_S = 1.0
 LOOK_AGAIN_S = 0.1
 # What is cached where is asked once, when a request comes, and again after a wait of so long.
 LOCATED_S = 0.3
@@ -261,6 +264,8 @@ class PlaceQueue:
 
     def _holding_back(self) -> Ticket | None:
         """Who has lacked blocks for so long that nobody may go before it."""
+        if self._places.idle_s > OURS_IDLE_S:
+            return None
         before = self._clock.now() - HOLD_BACK_AFTER_S
         long = [t for t in self._apart if t.blockless_since is not None and t.blockless_since <= before]
         long = [ticket for ticket in long if not ticket.avoided()]

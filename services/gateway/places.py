@@ -7,6 +7,7 @@ here it waits fairly, and is routed by what is known when its turn comes.
 """
 
 import logging
+import math
 import random
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -82,6 +83,7 @@ class Places:
         self.commitments = Commitments(self.lengths)
         self._refused_at: dict[WorkerKey, float] = {}
         self._taken = 0  # places, ever
+        self._emptied_at = -math.inf  # when the last one that was taken had been given back
         self._seen: list[WorkerView] | None = None  # of all workers, while nothing can change
 
     def take(
@@ -183,9 +185,15 @@ class Places:
             report.blocks_total - view.blocks_available + self.commitments.growth_blocks(report, view.running)
         )
 
+    @property
+    def idle_s(self) -> float:
+        """For how long nothing of ours has been on any worker."""
+        return 0.0 if len(self.commitments) else self._clock.now() - self._emptied_at
+
     def give_back(self, place: Place) -> None:
         """It is over. Its workers may have room again, except for one that has just said otherwise."""
         place.release()
+        self._emptied_at = self._clock.now()
         for report in (place.routed.prefill, place.routed.decode):
             if report is not None and place.refused_by is None:
                 self._refused_at.pop(report.key, None)

@@ -13,7 +13,7 @@ from services.gateway.choices import Choices
 from services.gateway.cluster_view import LOAD_S
 from services.gateway.fair_queue import Priority
 from services.gateway.generation import AttemptFailed
-from services.gateway.place_queue import HOLD_BACK_AFTER_S, LOOK_AGAIN_S, WaitLimits
+from services.gateway.place_queue import HOLD_BACK_AFTER_S, LOOK_AGAIN_S, OURS_IDLE_S, WaitLimits
 from services.gateway.places import REFUSAL_S, PlaceLimits
 from services.gateway.worker_client import OutputToken, PrefillResult
 from tests.unit.gateway.gateway_parts import GatewayParts, sequence
@@ -192,6 +192,23 @@ class TestOrder:
         await large.end()
         assert late.placed
 
+    async def test_a_large_request_holds_nobody_back_from_what_other_gateways_take(self, line: Line) -> None:
+        ours = await line.come(16)
+        await line.report(blocks_free=20)
+        large = await line.come(16 * 50)
+        await line.pass_time(HOLD_BACK_AFTER_S)
+        small = await line.come(16)
+        await ours.end()
+        await line.pass_time(OURS_IDLE_S - LOOK_AGAIN_S)
+        assert not small.placed, "reports may not show yet what ours gave back"
+        await line.pass_time(2 * LOOK_AGAIN_S)
+        assert small.placed, "nothing that ends here would make room for the large one"
+        late = await line.come(16)
+        assert (late.placed, large.placed) == (False, False)
+        await small.end()
+        await line.report()
+        assert large.placed
+
     async def test_an_answer_that_has_begun_goes_before_whoever_waits(self, line: Line) -> None:
         first = await line.come(300)
         older = await line.come(300)
@@ -297,6 +314,7 @@ class TestEnds:
         await waiter.leave()
 
     async def test_whoever_is_held_back_waits_for_room_and_not_for_a_worker(self, line: Line) -> None:
+        await line.come(16)
         await line.report(blocks_free=4)
         large = await line.come(160)
         await line.report(blocks_free=4, state="draining")
