@@ -19,6 +19,7 @@ class Commitment:
     choices: Choices
     served: tuple[int, ...]  # of the choices
     answer_tokens: int  # expected of each in all
+    tokens_max: int  # that each may have
 
     @property
     def running(self) -> int:
@@ -52,7 +53,7 @@ class Commitments:
                 del self._open[worker_id]
             for choice in commitment.served:
                 if not commitment.choices.goes_on(choice):
-                    self._lengths.note(len(commitment.choices.delivered[choice]))
+                    self._lengths.note(len(commitment.choices.delivered[choice]), commitment.tokens_max)
 
     def growth_blocks(self, report: WorkerReport, running: int) -> int:
         """Blocks that the answers on this decode worker will still need, `running` sequences. Those of

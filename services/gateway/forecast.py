@@ -20,8 +20,10 @@ class AnswerLengths:
         self._mean = ANSWER_TOKENS_ASSUMED
         self._seen = 1  # what is assumed counts like one answer
 
-    def note(self, tokens: int) -> None:
-        """An answer has ended."""
+    def note(self, tokens: int, max_tokens: int) -> None:
+        """An answer has ended. One that its limit has cut short of what others have says nothing of these."""
+        if max_tokens <= tokens < self._mean:
+            return
         self._seen = min(self._seen + 1, ANSWERS_REMEMBERED)
         self._mean += (tokens - self._mean) / self._seen
 

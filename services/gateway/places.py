@@ -104,6 +104,7 @@ class Places:
             choices,
             sequence.choices,
             answer_tokens=len(sequence.output_ids) + self.lengths.expected(sequence.tokens_left),
+            tokens_max=sequence.sampling.max_tokens,
         )
         return self._counted(Place(self._routed(chosen), commitment, self._clock.now()), sequence)
 

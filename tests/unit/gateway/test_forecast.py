@@ -16,14 +16,24 @@ def test_answers_are_as_long_as_the_last_ones_but_never_above_what_was_asked_for
     lengths = AnswerLengths()
     assert lengths.expected(10_000) == ANSWER_TOKENS_ASSUMED
     for _ in range(20):
-        lengths.note(20)
+        lengths.note(20, 10_000)
     assert lengths.expected(10_000) == pytest.approx(20, abs=6)
     for _ in range(300):
-        lengths.note(400)
+        lengths.note(400, 10_000)
     assert lengths.expected(10_000) == pytest.approx(400, rel=0.02)
     assert lengths.expected(7) == 7
-    lengths.note(0)
+    lengths.note(0, 10_000)
     assert AnswerLengths().expected(1) == 1
+
+
+def test_answers_that_their_limit_cut_short_do_not_make_others_seem_short() -> None:
+    lengths = AnswerLengths()
+    for _ in range(100):
+        lengths.note(1, 1)
+    assert lengths.expected(10_000) == ANSWER_TOKENS_ASSUMED
+    for _ in range(300):
+        lengths.note(400, 400)
+    assert lengths.expected(10_000) == pytest.approx(400, rel=0.02), "they have at least as much"
 
 
 def test_throughput_is_predicted_at_first_and_then_what_is_seen() -> None:

@@ -278,6 +278,16 @@ class TestRoom:
         await line.report()
         assert huge.placed
 
+    async def test_requests_for_one_token_do_not_crowd_the_decode_worker(self, line: Line) -> None:
+        for _ in range(50):
+            one = await line.come(16, max_tokens=1)
+            one.ticket.choices.deliver(OutputToken(0, 7, finish="length"))
+            await one.end()
+        placed = [
+            waiter for waiter in [await line.come(16, max_tokens=128) for _ in range(15)] if waiter.placed
+        ]
+        assert len(placed) == 12, "as many as find room for nine blocks each"
+
     async def test_answers_that_have_grown_need_less(self, line: Line) -> None:
         running = [await line.come(16, max_tokens=128) for _ in range(12)]
         assert not (waiting := await line.come(16, max_tokens=128)).placed
