@@ -94,6 +94,10 @@ class InFlight:
         """The worker has left the cluster."""
         if worker := self._workers.get(worker_id):
             worker.ended_sequences = worker.ended_context = worker.ended_blocks = 0
+            for part in worker.parts:
+                part.reported = False
+            if not worker.parts:
+                del self._workers[worker_id]
 
     def applied_to(self, view: WorkerView, age_s: float) -> WorkerView:
         """What the worker has to do now: `view` shows what its report of `age_s` ago said."""

@@ -128,6 +128,17 @@ def test_without_any_load_of_a_report_all_our_parts_count_reported_or_not(in_fli
     assert in_flight.alone_on(VIEW) == VIEW
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_nothing_is_kept_of_a_worker_that_has_left(in_flight, ended) -> None:
+    with ExitStack() as running:
+        running.enter_context(in_flight.sent(route("decode"), "r-1", 40, 1))
+        in_flight.heard(report("r-1"))
+        if ended:
+            running.close()
+        in_flight.lost("d1")
+    assert in_flight._workers == {}
+
+
 def test_a_queue_of_prompts_is_worked_off_while_a_report_ages() -> None:
     busy = replace(
         VIEW,
