@@ -6,8 +6,9 @@
     answer that has begun  ──────────────>  begun  ──>  place       always first
 
 Whoever stands aside is tried first when anything changes. After HOLD_BACK_AFTER_S without enough free blocks
-nobody goes before it any more, so that a large request does not starve among small ones. One that avoids
-a worker after a failure holds nobody back, and none does where all that is taken is other gateways'.
+the workers that suit it best are kept for it, so that a large request does not starve among small ones; where
+there are no others, nobody goes before it any more. One that avoids a worker after a failure holds nobody
+back, nor does any while nothing of ours is on a worker: then no end of ours would make room for it.
 
 Nothing here polls for its own sake: requests that come, first tokens, ends of attempts and new reports
 wake the queue. A look every LOOK_AGAIN_S sees what only time changes.
@@ -27,7 +28,7 @@ from services.gateway.fair_queue import FairQueue, Priority
 from services.gateway.generation import AttemptFailed, Event, Routed
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pace import Pace
-from services.gateway.places import Lack, Places
+from services.gateway.places import Kept, Lack, Places
 from services.gateway.ticket import Ticket
 from services.gateway.worker_client import OutputToken, PrefillResult
 
@@ -226,11 +227,25 @@ class PlaceQueue:
             while (oldest := self._holding_back()) is not None and self._try(oldest):
                 pass
             if oldest is None or oldest.workerless_since is not None:  # then it waits for no blocks
-                self._serve(sorted(self._aside, key=lambda one: (one.priority, one.since)))
-                self._serve_fairly()
+                self._serve_others()
+            elif (kept := self._kept_for(oldest)) is not None:
+                with self._places.keeping(kept):
+                    self._serve_others(oldest)
             else:
                 self._note_workers()
         self._note_who_waits()
+
+    def _serve_others(self, oldest: Ticket | None = None) -> None:
+        aside = [ticket for ticket in self._aside if ticket is not oldest]
+        self._serve(sorted(aside, key=lambda one: (one.priority, one.since)))
+        self._serve_fairly()
+
+    def _kept_for(self, oldest: Ticket) -> Kept:
+        """The same ones for as long as they are there."""
+        alive = {report.key for report in self._view.reports if report.state == "ready"}
+        if not oldest.kept or not oldest.kept <= alive:
+            oldest.kept = self._places.to_keep(oldest.sequence, oldest.located, oldest.avoided())
+        return oldest.kept
 
     def _serve(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets[:TRIES_MAX]:

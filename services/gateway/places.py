@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 REFUSAL_S = 0.1
 
 
+Kept = frozenset[WorkerKey] | None
+
+
 class Lack(Enum):
     """Why there is no place."""
 
@@ -85,6 +88,7 @@ class Places:
         self._taken = 0  # places, ever
         self._emptied_at = -math.inf  # when the last one that was taken had been given back
         self._seen: list[WorkerView] | None = None  # of all workers, while nothing can change
+        self._kept: Collection[WorkerKey] = ()  # for somebody else
 
     def take(
         self,
@@ -150,6 +154,36 @@ class Places:
         finally:
             self._seen = None
 
+    @contextmanager
+    def keeping(self, workers: Collection[WorkerKey]) -> Iterator[None]:
+        """Around calls of `take` that shall not have these."""
+        self._kept = workers
+        try:
+            yield
+        finally:
+            self._kept = ()
+
+    def to_keep(self, sequence: Sequence, located: Located, excluded: Collection[Excluded]) -> Kept:
+        """Workers that may be kept for a sequence which has long found no room, while others use the rest.
+        None if these would be left without a worker for a part: then they have to wait too."""
+        request = self._request(sequence, excluded)
+        wanted = self._route(request, located, self._views())
+        if wanted is None or wanted.decode is None:
+            return None
+        rest = [
+            view for view in self._views() if view.ready and view.id not in (wanted.prefill, wanted.decode)
+        ]
+        if not any(view.decodes for view in rest):
+            return None
+        kept = {self._view.report(wanted.decode).key}
+        if wanted.prefill is not None:
+            report = self._view.report(wanted.prefill)
+            if any(view.prefills for view in rest):
+                kept.add(report.key)
+            elif not self._holds_prompt(wanted.computes.worker, report, request):
+                return None
+        return frozenset(kept)
+
     def _views(self) -> list[WorkerView]:
         return self._view.worker_views() if self._seen is None else self._seen
 
@@ -212,7 +246,8 @@ class Places:
     def _with_blocks(self, view: WorkerView, request: RouteRequest) -> WorkerView:
         """`view` without the parts that it has no blocks for."""
         report = self._view.report(view.id)
-        if self._clock.now() - self._refused_at.get(report.key, -REFUSAL_S) < REFUSAL_S:
+        refused = self._clock.now() - self._refused_at.get(report.key, -REFUSAL_S) < REFUSAL_S
+        if refused or report.key in self._kept:
             return replace(view, prefills=False, decodes=False)
         prefills = view.prefills and self._holds_prompt(view, report, request)
         decodes = view.decodes and _has_slots(view, report, request)

@@ -8,7 +8,7 @@ from services.gateway.choices import Choices
 from services.gateway.cluster_view import Located
 from services.gateway.fair_queue import Priority
 from services.gateway.generation import Excluded
-from services.gateway.places import Place
+from services.gateway.places import Kept, Place
 from services.gateway.worker_client import Sequence
 
 
@@ -35,6 +35,7 @@ class Ticket:
     entered_at: float = 0.0
     workerless_since: float | None = None
     blockless_since: float | None = None  # it had its turn, but nobody had room for one of its size
+    kept: Kept = None  # workers that nobody else gets meanwhile
     waiting: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)  # the wait: it has a place, or an error
     place: Place | None = None

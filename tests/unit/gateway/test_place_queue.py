@@ -9,6 +9,7 @@ import pytest
 
 from services.core.clock import ManualClock
 from services.core.errors import DeadlineExceeded, NoWorker, Overloaded
+from services.core.worker_report import WorkerReport
 from services.gateway.choices import Choices
 from services.gateway.cluster_view import LOAD_S
 from services.gateway.fair_queue import Priority
@@ -191,6 +192,32 @@ class TestOrder:
         assert large.placed
         await large.end()
         assert late.placed
+
+    async def test_where_there_are_several_workers_one_is_kept_for_a_large_request(self, line: Line) -> None:
+        def both(free: int) -> list[WorkerReport]:
+            decodes = [
+                report(name, "decode", blocks_total=BLOCKS, blocks_free=free, beat=beat)
+                for name in ("d", "e")
+            ]
+            return [report("p", "prefill", beat=beat), *decodes]
+
+        beat = 10
+        await line.hear(*both(BLOCKS))
+        running = [await line.come(16, max_tokens=100) for _ in range(4)]
+        large = await line.come(16 * BLOCKS - 200, max_tokens=100)
+        await line.pass_time(HOLD_BACK_AFTER_S)
+        beat += 1
+        await line.hear(*both(BLOCKS - 8))
+        others = [await line.come(16, priority=p) for p in (Priority.HIGH, Priority.LOW) for _ in range(2)]
+        assert all(other.placed for other in others)
+        assert len({other.routed.decode.worker_id for other in others}) == 1
+        for waiter in running:
+            await waiter.end()
+        beat += 1
+        await line.hear(*both(BLOCKS))
+        await line.pass_time(LOOK_AGAIN_S)
+        assert large.placed
+        assert large.routed.decode.worker_id != others[0].routed.decode.worker_id
 
     async def test_a_large_request_holds_nobody_back_from_what_other_gateways_take(self, line: Line) -> None:
         ours = await line.come(16)
