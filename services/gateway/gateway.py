@@ -110,12 +110,14 @@ class Gateway:
         )
 
     async def explain(self, request: GenerationRequest, tenant: Tenant) -> RouteAnswer:
-        """Where the request would go if it came now. It is not counted and nothing is computed for it."""
-        generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
-        choices, patience = Choices(generation.choices), Patience(self._retry_policy, self.clock)
-        ticket = self._ticket(generation, choices, patience, self.clock.now())
-        await self.queue.locate(ticket)
-        route = self.admission.estimate(ticket)
+        """Where the request would go if it came now. Nothing is computed for it, but it takes a request's slot
+        while its prompt is read: tokenising is work."""
+        with self.admission.slot():
+            generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
+            choices, patience = Choices(generation.choices), Patience(self._retry_policy, self.clock)
+            ticket = self._ticket(generation, choices, patience, self.clock.now())
+            await self.queue.locate(ticket)
+            route = self.admission.estimate(ticket)
         if route is None:
             raise NoWorker("No worker could take the request now.")
         wait_ms = self.queue.wait_s(ticket) * 1e3

@@ -164,3 +164,8 @@ async def test_the_openapi_page_describes_routes_and_keys(cluster) -> None:
     }
     assert page["components"]["securitySchemes"]["API key"]["scheme"] == "bearer"
     assert operation["security"] == [{"API key": []}]
+
+
+async def test_an_explanation_takes_a_requests_slot(start_cluster) -> None:
+    cluster = await start_cluster(inflight_max=0)
+    assert (await cluster.http.post("/v1/route", json=PROMPT)).status_code == 429
