@@ -110,8 +110,8 @@ class Gateway:
         )
 
     async def explain(self, request: GenerationRequest, tenant: Tenant) -> RouteAnswer:
-        """Where the request would go if it came now. Nothing is computed for it, but it takes a request's slot
-        while its prompt is read: tokenising is work."""
+        """Where the request would go if it came now. Nothing is computed for it, but it takes a slot of a
+        request while its prompt is read: tokenising is work."""
         with self.admission.slot():
             generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
             choices, patience = Choices(generation.choices), Patience(self._retry_policy, self.clock)
