@@ -11,6 +11,10 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would collect events before it passes them on
 ]
 
+# Unicode calls these ends of lines too: clients that split by str.splitlines, as httpx's iter_lines does,
+# would cut an event in two.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+
 
 class EventStream:
     def __init__(self, send: Send) -> None:
@@ -18,7 +22,9 @@ class EventStream:
         self.started = False
 
     async def event(self, data: str) -> None:
-        """Send `data`, which is one line."""
+        """Send `data`, which is JSON in one line."""
+        if not data.isascii():
+            data = data.translate(_LINE_ENDS)
         if not self.started:
             self.started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
