@@ -405,7 +405,7 @@ async def test_what_is_handed_over_ends_at_once_and_leaves_nothing() -> None:
         await session.submit(sequence("receiving"), pair.source())
         await until(lambda: pair.prefill.engine.sequences)
         await session.submit(sequence("local", max_tokens=150))
-        await until(lambda: session.batches)
+        await until(lambda: not session.events["local"].empty())
         assert pair.decode.service.give_up(Draining("moving")) == 2
         assert pair.prefill.leases.fail_unfinished(Draining("moving")) == 1
         assert {await session.failure("local"), await session.failure("receiving")} == {"draining"}
