@@ -131,6 +131,8 @@ class Scheduler:
 
     def _next_waiting(self, model: StepModel | None) -> Sequence | None:
         """The oldest that does not wait for KV which another sequence is fetching or computing."""
+        if not self.waiting:
+            return None  # most steps
         coming = [s for s in self.admitted if s.state in (State.FETCHING, State.RUNNING) and not s.decoding]
         passing = islice(self.waiting, _PASSED_MAX + 1)
         return next((s for s in passing if not self._waits_for_prefix(s, coming, model)), None)
