@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from router.state import Policy
-from services.gateway.tenant import CacheSharing
+from services.gateway.door.tenant import CacheSharing
 
 
 @dataclass(frozen=True, slots=True)

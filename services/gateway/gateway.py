@@ -8,29 +8,29 @@ from functools import partial
 from router.state import RouteOptions
 from services.core.clock import Clock
 from services.core.errors import NoWorker
-from services.gateway.admission import Admission, AdmissionLimits
-from services.gateway.answer import AnswerText, TextDelta, answer
-from services.gateway.attempts import Attempts, Patience, RetryPolicy
-from services.gateway.choices import Choices
-from services.gateway.cluster_view import ClusterView
+from services.gateway.admission.admission import Admission, AdmissionLimits
+from services.gateway.admission.fair_queue import Priority
+from services.gateway.admission.place_queue import PlaceQueue, WaitLimits
+from services.gateway.admission.places import PlaceLimits, Places
+from services.gateway.admission.ticket import Ticket
+from services.gateway.api.explanation import answer as route_answer
+from services.gateway.api.responses import RouteAnswer
+from services.gateway.api.schema import GenerationRequest
+from services.gateway.cluster.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
-from services.gateway.detokenizer import Detokenizer
-from services.gateway.explanation import answer as route_answer
-from services.gateway.fair_queue import Priority
-from services.gateway.generation import Generation
-from services.gateway.journal import Journal
+from services.gateway.door.tenant import Tenant
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.pipeline import Pipeline
-from services.gateway.place_queue import PlaceQueue, WaitLimits
-from services.gateway.places import PlaceLimits, Places
-from services.gateway.prompt import PromptReader
-from services.gateway.responses import RouteAnswer
-from services.gateway.schema import GenerationRequest
+from services.gateway.path.attempts import Attempts, Patience, RetryPolicy
+from services.gateway.path.choices import Choices
+from services.gateway.path.generation import Generation
+from services.gateway.path.journal import Journal
+from services.gateway.path.pipeline import Pipeline
 from services.gateway.served_model import ServedModel
-from services.gateway.stop import StopMatcher
-from services.gateway.tenant import Tenant
-from services.gateway.ticket import Ticket
-from services.gateway.worker_client import WorkerClient
+from services.gateway.text.answer import AnswerText, TextDelta, answer
+from services.gateway.text.detokenizer import Detokenizer
+from services.gateway.text.prompt import PromptReader
+from services.gateway.text.stop import StopMatcher
+from services.gateway.workers.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
 

@@ -15,11 +15,11 @@ from services.core.child_tasks import ChildTasks
 from services.core.clock import SystemClock
 from services.core.errors import ConfigError
 from services.core.log import setup_logging
-from services.gateway.app import build_app
+from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
-from services.gateway.grpc_worker_client import GrpcWorkerClient
 from services.gateway.served_model import ServedModel
+from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.redis_index import RedisPrefixIndex
 from services.membership.redis_membership import RedisMembership
 from services.model.files import open_model

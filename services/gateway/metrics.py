@@ -68,7 +68,7 @@ class GatewayMetrics:
         )
         self.rejections = Counter(
             "diptych_gateway_rejections",
-            "Requests refused with 429 by this gateway, by reason (services/gateway/admission.py)",
+            "Requests refused with 429 by this gateway, by reason (services/gateway/admission/admission.py)",
             ["reason"],
             registry=registry,
         )

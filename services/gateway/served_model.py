@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from services.gateway.detokenizer import TokenBytes
+from services.gateway.text.detokenizer import TokenBytes
 from services.model.files import ModelFiles
 from services.model.tokenizer import Tokenizer
 

@@ -48,7 +48,7 @@ class OpenAiClient:
             return str(response.json()["data"][0]["id"])
 
     def route(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Where a request with this body would go (RouteAnswer of services/gateway/responses.py)."""
+        """Where a request with this body would go (RouteAnswer of services/gateway/api/responses.py)."""
         with self._errors():
             response = self._http.post(f"{self._url}/route", json=body)
             _check(response)

@@ -28,11 +28,11 @@ from services.core.clock import Clock, SystemClock
 from services.core.worker_report import Role
 from services.engine.handle import EngineHandle, Listener
 from services.engine.messages import Report, Submit
-from services.gateway.app import build_app
+from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
-from services.gateway.grpc_worker_client import GrpcWorkerClient
 from services.gateway.served_model import ServedModel
+from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.model.files import open_model

@@ -19,8 +19,8 @@ from statistics import median
 
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerReport
-from services.gateway.grpc_worker_client import GrpcWorkerClient
-from services.gateway.worker_client import PrefixSource, Sequence
+from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.gateway.workers.worker_client import PrefixSource, Sequence
 from services.model.files import open_model
 from services.model.pull import ensure_default_model
 from tests.support.cluster import ClusterSpec, RunningCluster

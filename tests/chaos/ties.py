@@ -13,10 +13,10 @@ from torch import Tensor
 
 from services.engine.device.sampler import sample_tokens
 from services.engine.runner import Sample
-from services.gateway.generation import Generation
-from services.gateway.prompt import PromptReader
-from services.gateway.schema import ChatCompletionRequest, CompletionRequest
+from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest
+from services.gateway.path.generation import Generation
 from services.gateway.served_model import ServedModel
+from services.gateway.text.prompt import PromptReader
 from services.model.files import open_model
 from tests.chaos.workload import Ask
 from tests.support.reference import TIE, Reference

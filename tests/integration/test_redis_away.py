@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from services.core.clock import SystemClock
+from services.gateway.door.tenant import ANYBODY
 from services.gateway.served_model import ServedModel
-from services.gateway.tenant import ANYBODY
 from services.index.memory_index import MemoryPrefixIndex
 from services.index.redis_index import RedisPrefixIndex
 from services.membership.memory_membership import MemoryMembership

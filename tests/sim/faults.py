@@ -13,7 +13,7 @@ from itertools import combinations
 import grpc.aio
 
 from services.core.errors import WorkerLost
-from services.gateway.attempts import EXCLUSION_S
+from services.gateway.path.attempts import EXCLUSION_S
 from services.transfer.lease import Lease
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 from tests.sim.gateway import SimGateway

@@ -9,13 +9,13 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordLevel
 
 from services.core.errors import DiptychError, facts
+from services.gateway.api.exchange import Exchange
+from services.gateway.api.schema import CompletionRequest
 from services.gateway.config import GatewayConfig
-from services.gateway.detokenizer import TokenBytes
-from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
-from services.gateway.grpc_worker_client import GrpcWorkerClient
-from services.gateway.schema import CompletionRequest
 from services.gateway.served_model import ServedModel
+from services.gateway.text.detokenizer import TokenBytes
+from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.model.tokenizer import Tokenizer
 from tests.sim.engine import VOCAB
 from tests.sim.loop import Process

@@ -16,11 +16,11 @@ import httpx
 from services.core.clock import SystemClock
 from services.core.worker_report import Role, WorkerKey, WorkerReport
 from services.engine.incarnation import Incarnation
-from services.gateway.app import build_app
+from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
-from services.gateway.grpc_worker_client import GrpcWorkerClient
 from services.gateway.served_model import ServedModel
+from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.wire.channel import Network, open_channel

@@ -19,11 +19,11 @@ from services.core.clock import Clock, SystemClock
 from services.core.worker_report import Role, WorkerKey
 from services.engine.incarnation import random_epoch
 from services.engine.messages import EngineSetup, Report
-from services.gateway.app import build_app
+from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
-from services.gateway.grpc_worker_client import GrpcWorkerClient
 from services.gateway.served_model import ServedModel
+from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
 from services.worker.config import WorkerConfig

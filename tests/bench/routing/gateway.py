@@ -10,10 +10,10 @@ from heapq import heappop, heappush
 from router.route import route
 from router.state import Route, RouteOptions, RouteRequest
 from services.core.worker_report import WorkerReport
-from services.gateway.cluster_view import ClusterView
-from services.gateway.expected_cache import Noted
-from services.gateway.in_flight import Part
-from services.gateway.worker_client import OutputToken
+from services.gateway.cluster.cluster_view import ClusterView
+from services.gateway.cluster.expected_cache import Noted
+from services.gateway.cluster.in_flight import Part
+from services.gateway.workers.worker_client import OutputToken
 from tests.bench.routing.timeline import Timeline, immediate
 from tests.bench.routing.worker import MODEL, Store
 
@@ -54,7 +54,7 @@ class Gateway:
         self._timeline.after(phase_s, self._refresh)
 
     def place(self, seq_id: str, known_ids: Sequence[int], max_tokens: int) -> Placed | None:
-        """As services.gateway.pipeline does it."""
+        """As services.gateway.path.pipeline does it."""
         view = self._view
         located = immediate(view.locate(known_ids, ""))
         request = RouteRequest(

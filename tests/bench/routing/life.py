@@ -26,7 +26,7 @@ from services.engine.messages import (
     Submit,
     Token,
 )
-from services.gateway.worker_client import OutputToken, Started
+from services.gateway.workers.worker_client import OutputToken, Started
 from services.transfer.fetch import PATIENCE_MAX_S, PATIENCE_MIN_S
 from services.worker.config import WorkerConfig
 from tests.bench.routing.gateway import Gateway, Placed

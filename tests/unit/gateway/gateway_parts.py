@@ -7,17 +7,17 @@ from router.state import RouteOptions
 from services.core.clock import Clock, ManualClock
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerReport
-from services.gateway.admission import Admission, AdmissionLimits
-from services.gateway.choices import Choices
-from services.gateway.cluster_view import ClusterView
-from services.gateway.fair_queue import Priority
-from services.gateway.memory_worker_client import MemoryWorkerClient
+from services.gateway.admission.admission import Admission, AdmissionLimits
+from services.gateway.admission.fair_queue import Priority
+from services.gateway.admission.place_queue import PlaceQueue, WaitLimits
+from services.gateway.admission.places import PlaceLimits, Places
+from services.gateway.admission.ticket import Ticket
+from services.gateway.cluster.cluster_view import ClusterView
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.pipeline import Pipeline
-from services.gateway.place_queue import PlaceQueue, WaitLimits
-from services.gateway.places import PlaceLimits, Places
-from services.gateway.ticket import Ticket
-from services.gateway.worker_client import Sequence
+from services.gateway.path.choices import Choices
+from services.gateway.path.pipeline import Pipeline
+from services.gateway.workers.memory_worker_client import MemoryWorkerClient
+from services.gateway.workers.worker_client import Sequence
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from tests.unit.gateway.scripted_worker_server import report

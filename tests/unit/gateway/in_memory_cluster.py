@@ -7,12 +7,12 @@ import httpx
 import uvicorn
 
 from services.core.clock import SystemClock
-from services.gateway.app import build_app
+from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
 from services.gateway.main import Server
-from services.gateway.memory_worker_client import MemoryWorkerClient
 from services.gateway.served_model import ServedModel
+from services.gateway.workers.memory_worker_client import MemoryWorkerClient
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from tests.unit.gateway.scripted_worker_server import report

@@ -6,8 +6,8 @@ from contextlib import aclosing
 from services.core.block_hash import Compatibility
 from services.core.errors import DiptychError, facts
 from services.core.worker_report import WorkerReport
-from services.gateway.memory_worker_client import MemoryWorkerClient
-from services.gateway.worker_client import Sequence, Started
+from services.gateway.workers.memory_worker_client import MemoryWorkerClient
+from services.gateway.workers.worker_client import Sequence, Started
 from services.wire.channel import abort, new_server
 from services.wire.convert import choices_from_wire, sampled_to_wire, sampling_from_wire
 from services.wire.generated import worker_pb2, worker_pb2_grpc

@@ -12,7 +12,7 @@ import pytest
 from services.core.errors import ConfigError
 from services.gateway.config import GatewayConfig
 from services.gateway.main import serve
-from services.gateway.memory_worker_client import Fault, MemoryWorkerClient
+from services.gateway.workers.memory_worker_client import Fault, MemoryWorkerClient
 from services.membership.redis_membership import RedisMembership
 from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL
 from tests.unit.gateway.scripted_worker_server import ScriptedWorkerServer, report

@@ -1,0 +1,115 @@
+"""The HTTP routes: OpenAI's API, health and metrics."""
+
+import time
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+
+from services.core.errors import UnknownModel
+from services.gateway.api.edge import Edge
+from services.gateway.api.exchange import Exchange
+from services.gateway.api.http_errors import install_error_handlers
+from services.gateway.api.responses import (
+    ChatCompletion,
+    Completion,
+    ErrorBody,
+    Model,
+    ModelList,
+    RouteAnswer,
+)
+from services.gateway.api.schema import AnyRequest, ChatCompletionRequest, CompletionRequest
+from services.gateway.door.tenant import Tenant
+from services.gateway.gateway import Gateway
+
+ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
+# "default" also keeps FastAPI from documenting its own error body, which nobody ever gets.
+_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Error"}}
+
+# For the OpenAPI page; the header is read in services/gateway/door/tenant.py.
+_KEY = Security(
+    HTTPBearer(
+        scheme_name="API key",
+        description="Any key, or none. Requests of different keys share no cached prompts.",
+        auto_error=False,
+    )
+)
+
+
+def build_app(gateway: Gateway) -> FastAPI:
+    app = FastAPI(title="Diptych", description="OpenAI's API over a disaggregated LLM cluster")
+    app.add_middleware(Edge, clock=gateway.clock, body_bytes_max=gateway.config.body_bytes_max)
+    install_error_handlers(app, gateway.metrics, ENDPOINTS)
+    _add_generation(app, gateway)
+    _add_explanation(app, gateway)
+    _add_models(app, gateway)
+    _add_operation(app, gateway)
+    return app
+
+
+def _add_generation(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS, dependencies=[_KEY])
+    async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+        """With `stream`, server-sent events of chat.completion.chunk objects."""
+        return Exchange(gateway, "chat_completions", body, http)
+
+    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS, dependencies=[_KEY])
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        """With `stream`, server-sent events of text_completion objects."""
+        return Exchange(gateway, "completions", body, http)
+
+
+def _add_explanation(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/v1/route", responses=_ERRORS, dependencies=[_KEY])
+    async def explain(body: AnyRequest, http: Request) -> RouteAnswer:
+        """Where a request with this body would go now, and why. Nothing is computed or reserved for it."""
+        return await gateway.explain(body, Tenant.of(http.headers.get("authorization")))
+
+
+def _add_models(app: FastAPI, gateway: Gateway) -> None:
+    started = int(time.time())
+
+    def described() -> Model:
+        context_tokens_max = gateway.view.context_tokens_max(gateway.model.context_tokens_max)
+        return Model(
+            id=gateway.model.name,
+            object="model",
+            created=started,
+            owned_by="diptych",
+            max_model_len=context_tokens_max,
+        )
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(object="list", data=[described()])
+
+    @app.get("/v1/models/{model_id:path}", responses=_ERRORS)
+    async def model(model_id: str) -> Model:
+        if model_id != gateway.model.name:
+            raise UnknownModel(f"The model '{model_id}' does not exist.", "model")
+        return described()
+
+
+def _add_operation(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/health")
+    @app.get("/health/live")
+    async def live() -> JSONResponse:
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        if gateway.ready:
+            return JSONResponse({"status": "ready"})
+        reason = "draining" if gateway.draining else "no decode worker is ready"
+        return JSONResponse({"status": reason}, status_code=503)
+
+    @app.get("/v1/cluster", include_in_schema=False)
+    async def cluster() -> Response:
+        """The workers' last reports, for `diptych status`."""
+        return Response(msgspec.json.encode(gateway.view.reports), media_type="application/json")
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,131 @@
+"""OpenAI's two answer formats: whole, and as the chunks of a stream."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from router.state import Route
+from services.core.sampling import FinishReason
+from services.gateway.api.explanation import explained
+from services.gateway.api.responses import (
+    ChatAnswer,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    Completion,
+    CompletionChoice,
+    Timings,
+    Usage,
+)
+from services.gateway.text.answer import TextDelta
+
+
+class AnswerFormat(Protocol):
+    def whole(self, answers: Sequence[TextDelta], usage: Usage) -> ChatCompletion | Completion: ...
+
+    def opening(self, choice: int) -> ChatCompletionChunk | None:
+        """The chunk before the first text of a choice, if the format has one."""
+        ...
+
+    def chunk(self, delta: TextDelta) -> ChatCompletionChunk | Completion: ...
+
+    def usage_chunk(self, usage: Usage) -> ChatCompletionChunk | Completion:
+        """The last chunk of a stream whose client asked for usage: it has no choices."""
+        ...
+
+
+class ChatFormat:
+    def __init__(self, request_id: str, model: str) -> None:
+        self._id, self._model, self._created = f"chatcmpl-{request_id}", model, int(time.time())
+
+    def whole(self, answers: Sequence[TextDelta], usage: Usage) -> ChatCompletion:
+        return ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=list(map(self._choice, answers)),
+            usage=usage,
+        )
+
+    def opening(self, choice: int) -> ChatCompletionChunk:
+        return self._chunk(choice, ChatDelta(role="assistant", content=""), None)
+
+    def chunk(self, delta: TextDelta) -> ChatCompletionChunk:
+        content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
+        return self._chunk(delta.choice, content, delta.finish)
+
+    def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
+        return self._chunk_of([], usage=usage)
+
+    def _choice(self, answer: TextDelta) -> ChatChoice:
+        message = ChatAnswer(role="assistant", content=answer.text, refusal=None)
+        assert answer.finish is not None
+        return ChatChoice(index=answer.choice, message=message, logprobs=None, finish_reason=answer.finish)
+
+    def _chunk(self, choice: int, delta: ChatDelta, finish: FinishReason | None) -> ChatCompletionChunk:
+        return self._chunk_of(
+            [ChatChunkChoice(index=choice, delta=delta, logprobs=None, finish_reason=finish)]
+        )
+
+    def _chunk_of(self, choices: list[ChatChunkChoice], **more: Usage) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            **more,
+        )
+
+
+class CompletionFormat:
+    def __init__(self, request_id: str, model: str) -> None:
+        self._id, self._model, self._created = f"cmpl-{request_id}", model, int(time.time())
+
+    def whole(self, answers: Sequence[TextDelta], usage: Usage) -> Completion:
+        return self._completion(list(map(self._choice, answers)), usage=usage)
+
+    def opening(self, choice: int) -> None:
+        return None
+
+    def chunk(self, delta: TextDelta) -> Completion:
+        return self._completion([self._choice(delta)])
+
+    def usage_chunk(self, usage: Usage) -> Completion:
+        return self._completion([], usage=usage)
+
+    def _choice(self, delta: TextDelta) -> CompletionChoice:
+        return CompletionChoice(
+            index=delta.choice, text=delta.text, logprobs=None, finish_reason=delta.finish
+        )
+
+    def _completion(self, choices: list[CompletionChoice], **more: Usage) -> Completion:
+        return Completion(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            **more,
+        )
+
+
+def as_json(
+    body: ChatCompletion | ChatCompletionChunk | Completion,
+    token_ids: Sequence[Sequence[int]] | None = None,
+    timings: Timings | None = None,
+    routes: Sequence[Route] | None = None,
+) -> str:
+    """`body` with the extras that the client asked for, and without the fields that nobody set."""
+    if token_ids is not None:
+        of_choices = iter(token_ids)
+        for choice in body.choices:
+            choice.token_ids = list(next(of_choices))
+    if timings is not None:
+        body.timings = timings
+    if routes is not None:
+        body.routes = list(map(explained, routes))
+    return body.model_dump_json(exclude_unset=True)

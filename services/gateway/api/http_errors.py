@@ -1,0 +1,117 @@
+"""Errors as OpenAI's clients know them: {"error": {"message", "type", "param", "code"}}, for everything."""
+
+import json
+import math
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from services.core.errors import BadRequest, DiptychError, NoWorker, Overloaded, UnknownModel, facts
+from services.gateway.api.responses import ErrorBody, ErrorDetails
+from services.gateway.api.schema import CHAT, COMPLETION
+from services.gateway.metrics import GatewayMetrics
+
+_TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
+INTERNAL = "The server failed to answer this request. It is not the request's fault; see the server's log."
+
+
+def install_error_handlers(app: FastAPI, metrics: GatewayMetrics, endpoints: dict[str, str]) -> None:
+    """`endpoints` maps paths to the names under which rejected requests are counted."""
+
+    async def on_diptych_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, DiptychError)
+        return diptych_error_response(error)
+
+    async def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        if request.url.path in endpoints:
+            metrics.requests.labels(endpoints[request.url.path], facts(BadRequest("")).label).inc()
+        return error_response(400, error_body(_first_problem(error)))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return error_response(error.status_code, _body(message, error.status_code), dict(error.headers or {}))
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return error_response(500, _body(INTERNAL, 500))
+
+    app.add_exception_handler(DiptychError, on_diptych_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def error_body(error: DiptychError) -> ErrorBody:
+    status = facts(error).http_status
+    if isinstance(error, UnknownModel):
+        return _body(error.message, status, error.param, "model_not_found")
+    code = error.code if isinstance(error, BadRequest) else facts(error).label
+    return _body(error.message, status, error.param, code)
+
+
+def internal_error_body() -> ErrorBody:
+    return _body(INTERNAL, 500)
+
+
+def diptych_error_response(error: DiptychError) -> Response:
+    return error_response(facts(error).http_status, error_body(error), _retry_headers(error))
+
+
+def error_response(status: int, body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
+    # ASCII, because a message may quote a client's text, which need not be valid Unicode.
+    content = json.dumps(body.model_dump())
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _body(message: str, status: int, param: str | None = None, code: str | None = None) -> ErrorBody:
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return ErrorBody(error=ErrorDetails(message=message, type=kind, param=param, code=code))
+
+
+def _retry_headers(error: DiptychError) -> dict[str, str]:
+    if isinstance(error, Overloaded | NoWorker):
+        return {"Retry-After": str(math.ceil(error.retry_after_s))}
+    return {}
+
+
+def _first_problem(invalid: RequestValidationError) -> BadRequest:
+    """The first problem of a request that does not fit the schema, in words."""
+    problems = invalid.errors()
+    if problems[0]["type"] == "json_invalid":
+        reason = problems[0].get("ctx", {}).get("error", problems[0]["msg"])
+        return BadRequest(f"The body is not valid JSON: {reason}.")
+    # Of a field that may have one of several types, the problem found deepest is the one that was meant.
+    of_first_field = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    paths = [_path(problem["loc"][1:], invalid.body) for problem in of_first_field]
+    path, problem = max(zip(paths, of_first_field, strict=True), key=lambda located: len(located[0]))
+    if not path:
+        return BadRequest("The body must be a JSON object, sent with Content-Type: application/json.")
+    param = _as_param(path)
+    return BadRequest(f"{param}: {problem['msg']}", param)
+
+
+def _path(location: Sequence[str | int], body: object) -> list[str | int]:
+    """The keys and indices that lead to the problem in the body.
+
+    Pydantic's location also names the alternatives of a union; they are not in the body and left out.
+    """
+    path: list[str | int] = []
+    for key in location:
+        if key in (CHAT, COMPLETION):
+            continue
+        if isinstance(key, int) and isinstance(body, list):
+            path.append(key)
+            body = body[key] if key < len(body) else None
+        elif isinstance(key, str) and isinstance(body, dict):
+            path.append(key)
+            body = body.get(key)
+    return path
+
+
+def _as_param(path: Sequence[str | int]) -> str:
+    """As OpenAI writes paths, like messages[0].content."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")

@@ -1,0 +1,267 @@
+"""What clients send: OpenAI's two generation requests, checked as far as that needs no model.
+
+A parameter that would change the answer and is not built is refused by name, so nobody gets an answer
+to another question than was asked. Other fields we do not know are ignored, with one log line each.
+
+Bodies are checked on the event loop, so a list is checked only up to its first bad element: an error
+for each of 300,000 bad token ids would stop every stream for seconds.
+"""
+
+import logging
+import reprlib
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+from services.core.errors import BadRequest
+from services.gateway.admission.fair_queue import Priority
+
+logger = logging.getLogger(__name__)
+
+# Parameters that would change the answer, with the values of theirs that ask for nothing.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "prompt_embeds": (),
+}
+# Known to change nothing that we promise.
+_HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
+_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
+_UNKNOWN_NAMES_MAX = 1000  # bounds the memory of who has been warned about
+_warned: set[str] = set()
+
+
+def _unicode(text: str) -> str:
+    """JSON can hold half of a surrogate pair, which no tokenizer, hash or wire can."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text holds half of a surrogate pair; send valid Unicode") from None
+    return text
+
+
+def _only_prompt(prompt: object) -> object:
+    """Many clients send a list of prompts even for one."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+        return prompt
+    if len(prompt) > 1:
+        raise ValueError("several prompts in one request are not supported; send one request for each")
+    return prompt[0]
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+StopString = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+_ListOfOnePrompt = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=1)]
+Prompt = Annotated[
+    Text | TokenIds,
+    BeforeValidator(_only_prompt, json_schema_input_type=Text | TokenIds | _ListOfOnePrompt),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """Further fields (name, tool_call_id, tool_calls) go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _only_assistants_may_be_silent(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a {self.role} message needs content")
+        return self
+
+    @property
+    def is_plain_text(self) -> bool:
+        return isinstance(self.content, str) and not self.model_extra
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know messages: content is one string, the developer is the system."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        role = "system" if self.role == "developer" else self.role
+        return {**(self.model_extra or {}), "role": role, "content": content}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """What both requests share. Null means the default, as many clients send it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    model: str
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="answers to the prompt; default 1")
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0: greedy")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1: no limit")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: int | None = Field(None, description="the same seed gives the same answer; drawn if not given")
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop_token_ids: TokenIds | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    timings: bool | None = Field(None, description="add where the time went to the answer")
+    explain: bool | None = Field(None, description="add where its attempts went, and why, to the answer")
+    return_token_ids: bool | None = Field(None, description="add the answer's token ids to its choices")
+    cache_salt: Text | None = Field(
+        None, description="share cached prompts only with requests of the same API key and salt"
+    )
+    user: str | None = None
+    priority: int | None = Field(None, description="below 0: before others, above 0: after them")
+    service_tier: str | None = Field(None, description="priority or flex, like a priority of -1 or 1")
+    ttft_max_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="refuse the request (429) if its answer cannot begin within so many seconds"
+    )
+
+    @property
+    def priority_class(self) -> Priority:
+        """`priority` as in vLLM, which wins; or OpenAI's `service_tier`."""
+        if self.priority is None:
+            return _TIERS.get(self.service_tier or "", Priority.NORMAL)
+        if self.priority < 0:
+            return Priority.HIGH
+        return Priority.LOW if self.priority > 0 else Priority.NORMAL
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def max_tokens_param(self) -> str:
+        return "max_tokens"
+
+    @property
+    def answer_tokens_max(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_supported(self) -> None:
+        """Raise BadRequest for parameters that contradict each other or that are not built."""
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value is not None and not _asks_for_nothing(name, value):
+                raise BadRequest(
+                    f"'{name}' is not supported by this server (got {reprlib.repr(value)}).", name
+                )
+            if name not in UNSUPPORTED and name not in _HARMLESS:
+                _warn_once(name)
+        if self.choices > 1 and (self.model_extra or {}).get("best_of") is not None:
+            raise BadRequest("'best_of' must not be below 'n'; leave it out.", "best_of")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="default: the rest of the context; wins over max_tokens"
+    )
+
+    @property
+    def max_tokens_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def answer_tokens_max(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompt = Field(description="text, or token ids, or a list of one of these")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default 16")
+
+
+# What pydantic calls the two in the locations of errors; no field of a request is named so.
+CHAT, COMPLETION = "(chat)", "(completion)"
+
+
+def _kind(body: object) -> str:
+    """Which of the two a body is meant to be, so that its errors are those of that one."""
+    return CHAT if isinstance(body, dict) and "messages" in body else COMPLETION
+
+
+AnyRequest = Annotated[
+    Annotated[ChatCompletionRequest, Tag(CHAT)] | Annotated[CompletionRequest, Tag(COMPLETION)],
+    Discriminator(_kind),
+]
+
+
+def _asks_for_nothing(name: str, value: object) -> bool:
+    # 0 == False in Python, but `logprobs: 0` asks for something.
+    return any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name])
+
+
+def _warn_once(name: str) -> None:
+    if name not in _warned and len(_warned) < _UNKNOWN_NAMES_MAX:
+        _warned.add(name)
+        logger.warning("ignoring the unknown request field %.100r", name)

@@ -1,0 +1,91 @@
+"""What flows through the request path: a validated request going down, events coming up.
+
+Generation ──>  attempts  ──>  pipeline  ──>  dispatch  ──>  workers
+TextDelta  <──  answer  <──  Routed, PrefillResult, Started, OutputToken, AttemptFailed
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from router.state import Route, RouteKind
+from services.core.errors import DiptychError
+from services.core.sampling import SamplingParams
+from services.core.worker_report import WorkerKey, WorkerReport
+from services.gateway.admission.fair_queue import Priority
+from services.gateway.workers.worker_client import (
+    OutputToken,
+    PrefillResult,
+    PrefixSource,
+    Reserved,
+    Sequence,
+    Started,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request as tokens. Everything random in it is drawn, so attempts repeat each other."""
+
+    request_id: str  # ours: unique in the cluster
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    deadline: float  # on the gateway's clock
+    ttft_max_s: float | None = None  # later than that the client does not want it; None: as configured
+    priority: Priority = Priority.NORMAL
+    tenant: str = ""  # whose it is: Tenant.id
+    salt: str = ""  # Tenant.salt: only prompts with the same one share KV
+    stop: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    choices: int = 1  # answers that the client wants
+
+    def sequence(self, attempt: int, choices: tuple[int, ...], delivered: list[int]) -> Sequence:
+        """One attempt at `choices`, which all have delivered the same tokens."""
+        return Sequence(
+            request_id=self.request_id,
+            attempt=attempt,
+            prompt_ids=self.prompt_ids,
+            output_ids=list(delivered),
+            sampling=self.sampling,
+            salt=self.salt,
+            choices=choices,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Where an attempt goes. No prefill worker: the decode worker computes the prompt itself."""
+
+    route: Route
+    prefill: WorkerReport | None
+    decode: WorkerReport | None
+    prefix: PrefixSource | None = None  # what the one that computes the prompt may fetch
+
+    @property
+    def kind(self) -> RouteKind:
+        return self.route.kind
+
+
+class WorkerPair(NamedTuple):
+    prefill: WorkerKey
+    decode: WorkerKey
+
+
+Excluded = WorkerKey | WorkerPair  # what a next attempt avoids
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """The last event of an attempt that did not finish its choices."""
+
+    error: DiptychError
+    culprit: WorkerReport | None = None
+    pair: WorkerPair | None = None  # they did not find each other: neither may be at fault
+    others_go_on: bool = False  # other choices of the request have attempts of their own
+
+    @property
+    def to_avoid(self) -> Excluded | None:
+        return self.pair or (self.culprit.key if self.culprit else None)
+
+
+WorkerEvent = PrefillResult | Reserved | Started | OutputToken
+Event = Routed | WorkerEvent | AttemptFailed

@@ -1,0 +1,86 @@
+"""From token events to the text a client sees, and why each choice ended."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from services.core.sampling import FinishReason
+from services.gateway.path.choices import Choices
+from services.gateway.path.generation import Event
+from services.gateway.path.journal import Journal
+from services.gateway.text.detokenizer import Detokenizer
+from services.gateway.text.stop import StopMatcher
+from services.gateway.workers.worker_client import OutputToken
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    text: str
+    finish: FinishReason | None = None
+    token_ids: tuple[int, ...] = ()  # since the choice's last delta; the text of the latest may be held back
+    choice: int = 0
+
+
+def joined(deltas: Sequence[TextDelta]) -> TextDelta:
+    """All deltas of one choice as one."""
+    token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+    text = "".join(delta.text for delta in deltas)
+    return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice)
+
+
+class AnswerText:
+    """One choice's tokens to text. Stop strings count from the `min_tokens`-th token on."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher, min_tokens: int) -> None:
+        self._detokenizer, self._stops, self._min_tokens = detokenizer, stops, min_tokens
+        self._token_ids: list[int] = []  # since the last delta
+
+    def feed(self, token: OutputToken) -> TextDelta | None:
+        """What `token` completes, if that is anything."""
+        self._token_ids.append(token.token)
+        text, finish = self._text(token)
+        if not text and finish is None:
+            return None
+        token_ids, self._token_ids = tuple(self._token_ids), []
+        return TextDelta(text, finish, token_ids, token.choice)
+
+    def _text(self, token: OutputToken) -> tuple[str, FinishReason | None]:
+        """A token that ends the answer by itself (EOS, a stop token) has no text."""
+        text = "" if token.finish == "stop" else self._detokenizer.feed(token.token)
+        if token.finish is not None:
+            text += self._detokenizer.flush()
+        if token.index + 1 < self._min_tokens:
+            return text, token.finish
+        found = self._stops.feed(text)
+        if found.stopped:
+            return found.text, "stop"
+        held = self._stops.flush() if token.finish is not None else ""
+        return found.text + held, token.finish
+
+
+async def answer(
+    events: AsyncGenerator[Event, None], texts: Sequence[AnswerText], choices: Choices, journal: Journal
+) -> AsyncGenerator[TextDelta, None]:
+    """Deltas that are not empty; only the last one of each choice has a finish reason.
+
+    The workers are let go before the last delta: a slow client does not hold them.
+    """
+    last: TextDelta | None = None
+    unfinished = set(range(len(texts)))
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, OutputToken) and event.choice not in unfinished:
+                continue  # it crossed the end that a stop string made
+            journal.record(event)
+            delta = texts[event.choice].feed(event) if isinstance(event, OutputToken) else None
+            if delta is None:
+                continue
+            if delta.finish is not None:
+                choices.close(delta.choice)
+                unfinished.remove(delta.choice)
+            if not unfinished:
+                last = delta
+                break
+            yield delta
+    assert last is not None, "the events ended without a last token"
+    yield last

@@ -1,0 +1,240 @@
+"""Wrong input is a 400 (or 404, 405, 413) with OpenAI's error body, naming the parameter."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest
+from tests.unit.gateway.in_memory_cluster import MODEL
+from tests.unit.gateway.scripted_worker_server import report
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def network() -> bool:
+    return False
+
+
+BAD_EVERYWHERE = [
+    ({"temperature": 2.5}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": -1}, "min_p"),
+    ({"seed": "one"}, "seed"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 10**6}, "max_tokens"),
+    ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop[1]"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"stop": 7}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [-1] * 12}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [10**7]}, "stop_token_ids"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": 1.5}, "n"),
+    ({"n": "2"}, "n"),
+    ({"n": 2, "best_of": 3}, "best_of"),
+    ({"n": 2, "best_of": 1}, "best_of"),
+    ({"n": True}, "n"),
+    ({"best_of": 3}, "best_of"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 0}, "logprobs"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "end"}, "suffix"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"model": 5}, "model"),
+    ({"cache_salt": "\ud800"}, "cache_salt"),
+    ({"stop": ["\ud800"]}, "stop[0]"),
+]
+BAD_CHAT = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+    ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "robot", "content": 5}]}, "messages[0].role"),
+    ({"messages": [{"role": "robot", "content": "hi"}, {"role": "user", "content": 5}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}] * 12}]}, "messages[0].content[0].text"),
+    ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages[1].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
+    ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+]
+BAD_COMPLETION = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [1, -1]}, "prompt[1]"),
+    ({"prompt": [1, 10**7]}, "prompt"),
+    ({"prompt": [-1] * 12}, "prompt[0]"),
+    ({"prompt": ["one", "two"]}, "prompt"),
+    ({"prompt": [[1], [2]]}, "prompt"),
+    ({"prompt": [["one"]]}, "prompt[0]"),
+    ({"prompt": [""]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["\ud800"]}, "prompt"),
+    ({"prompt": "word " * 9000}, "prompt"),
+]
+
+
+async def refused(cluster, path: str, body: dict) -> dict:
+    answered = await cluster.http.post(
+        path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    assert answered.status_code == 400, answered.text
+    error = answered.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize(("change", "param"), BAD_EVERYWHERE + BAD_CHAT, ids=str)
+async def test_a_bad_chat_request_names_its_parameter(cluster, change, param) -> None:
+    error = await refused(cluster, "/v1/chat/completions", {"model": MODEL, "messages": HELLO, **change})
+    assert error["param"] == param
+    assert cluster.workers.calls == []
+
+
+@pytest.mark.parametrize(("change", "param"), BAD_EVERYWHERE + BAD_COMPLETION, ids=str)
+async def test_a_bad_completion_request_names_its_parameter(cluster, change, param) -> None:
+    error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": "hi", **change})
+    assert error["param"] == param
+    assert cluster.workers.calls == []
+
+
+@pytest.mark.parametrize("prompts", [["one", "two"], [[1], [2]], ["one", 5]], ids=str)
+async def test_several_prompts_are_refused_in_words(cluster, prompts) -> None:
+    error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": prompts})
+    assert "several prompts in one request are not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "bad"),
+    [
+        (CompletionRequest, {"prompt": [-1] * 1000}),
+        (CompletionRequest, {"prompt": [[-1] * 1000]}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": [-1] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "robot", "content": "hi"}] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}] * 1000}]}),
+    ],
+    ids=["prompt", "a list of one prompt", "stop_token_ids", "messages", "parts"],
+)
+def test_a_list_is_checked_only_up_to_its_first_bad_element(schema, bad) -> None:
+    with pytest.raises(ValidationError) as invalid:
+        schema.model_validate({"model": MODEL, **bad})
+    assert invalid.value.error_count() < 5
+
+
+@pytest.mark.parametrize("change", [{"max_tokens": 10**6}, {"prompt": [5] * 2048}, {"prompt": [5] * 5000}])
+async def test_an_overrun_context_has_openai_s_code(cluster, change) -> None:
+    error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": "hi", **change})
+    assert error["code"] == "context_length_exceeded"
+
+
+async def test_the_smallest_context_of_the_workers_is_the_limit(start_cluster) -> None:
+    cluster = await start_cluster(reports=[report("d1", "decode", context_tokens_max=100)])
+    body = {"model": MODEL, "prompt": [5] * 90}
+    await refused(cluster, "/v1/completions", body | {"max_tokens": 11})
+    assert (await cluster.http.post("/v1/completions", json=body | {"max_tokens": 10})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "logit_bias": {}, "suffix": None},
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none"},
+        {"user": "me", "metadata": {"a": "b"}, "store": False, "something_new": [1]},
+        {"temperature": None, "top_p": None, "max_tokens": None, "stop": None, "stream_options": None},
+        {"temperature": 0, "top_p": 0, "top_k": -1, "min_p": 1, "seed": -(2**70), "cache_salt": "tenant"},
+    ],
+    ids=str,
+)
+async def test_values_that_ask_for_nothing_special_are_accepted(cluster, harmless) -> None:
+    body = {"model": MODEL, "prompt": "hi", **harmless}
+    assert (await cluster.http.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_an_unknown_field_is_warned_about_once(cluster, caplog) -> None:
+    body = {"model": MODEL, "prompt": "hi", "seen_never_before": 1}
+    for _ in range(2):
+        await cluster.http.post("/v1/completions", json=body)
+    assert caplog.text.count("seen_never_before") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"{not json", "application/json"),
+        (b"[1, 2]", "application/json"),
+        (b"null", "application/json"),
+        (b"", "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b"model=x", "application/x-www-form-urlencoded"),
+    ],
+    ids=["no json", "a list", "null", "nothing", "no text", "deep", "a form"],
+)
+async def test_a_body_that_is_no_json_object_is_a_400(cluster, content, kind) -> None:
+    answered = await cluster.http.post("/v1/completions", content=content, headers={"Content-Type": kind})
+    assert answered.status_code == 400
+    assert answered.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name", ["other", "", "\ud800"])
+async def test_an_unknown_model_is_a_404(cluster, name) -> None:
+    content = json.dumps({"model": name, "prompt": "hi"})
+    answered = await cluster.http.post(
+        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert answered.status_code == 404
+    assert answered.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405)],
+)
+async def test_unknown_paths_and_methods_have_the_same_error_body(cluster, method, path, status) -> None:
+    answered = await cluster.http.request(method, path)
+    assert answered.status_code == status
+    assert answered.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_over_the_limit_is_a_413(start_cluster, declared) -> None:
+    cluster = await start_cluster(body_bytes_max=1000)
+    body = json.dumps({"model": MODEL, "prompt": "x" * 2000}).encode()
+
+    async def pieces():
+        yield body
+
+    answered = await cluster.http.post(
+        "/v1/completions",
+        content=body if declared else pieces(),
+        headers={"Content-Type": "application/json"},
+    )
+    assert answered.status_code == 413
+    assert answered.json()["error"]["type"] == "invalid_request_error"
