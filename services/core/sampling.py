@@ -22,6 +22,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     # EOS (unless ignored) and the client's stop ids. The token that ends an answer is part of its count.
     end_token_ids: tuple[int, ...] = ()
+    grammar: str = ""  # what the answer must match, in llguidance's terms; empty: anything
 
     def finish(self, token: int, output_tokens: int) -> FinishReason | None:
         """Why the answer ends with `token` as its `output_tokens`-th token, or None if it goes on."""
