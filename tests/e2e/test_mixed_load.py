@@ -15,7 +15,7 @@ from tests.support.completions import complete, greedy
 
 # 16 clients of 3 to 25 blocks each want more than there are.
 SHORT_OF_MEMORY = ClusterSpec(prefill=1, decode=1, split="always", blocks=48)
-REQUESTS = 500
+REQUESTS = 250
 CANCEL_SHARE = 0.2
 
 

@@ -17,7 +17,7 @@ from tests.sim.engine import TimedRunner
 from tests.sim.loop import Process, Stuck, VirtualLoop
 from tests.sim.simulation import simulate
 
-SEEDS = 300
+SEEDS = 200
 FAULTS = [
     *("kill", "engine_kill", "gateway_kill", "stall", "engine_stall", "gateway_stall", "drain", "role"),
     *("cut_gateway", "cut_workers", "silence", "delay", "flip", "lease_expiry", "reuse"),
