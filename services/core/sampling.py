@@ -23,6 +23,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     # EOS (unless ignored) and the client's stop ids. The token that ends an answer is part of its count.
     end_token_ids: tuple[int, ...] = ()
     grammar: str = ""  # what the answer must match, in llguidance's terms; empty: anything
+    # None: no logprobs; 0: of the token itself; above: of so many most probable ones as well.
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens; all of them are computed then
+    logit_bias: dict[int, float] = {}  # added to the logits of these tokens
+    allowed_token_ids: tuple[int, ...] = ()  # empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that the answer must not contain
 
     def finish(self, token: int, output_tokens: int) -> FinishReason | None:
         """Why the answer ends with `token` as its `output_tokens`-th token, or None if it goes on."""

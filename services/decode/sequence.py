@@ -26,6 +26,7 @@ from services.engine.messages import (
     Landed,
     Refused,
     Revoked,
+    Scored,
     Start,
     Submit,
     Token,
@@ -35,13 +36,17 @@ from services.transfer.fetch import PrefixFetcher, PrefixOffer
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import KvSource, KvTransport
 from services.transfer.receive import Received, ReceiveObserver, receive_kv
-from services.wire.convert import sampled_to_wire
+from services.wire.convert import prompt_logprobs_to_wire, sampled_to_wire
 from services.wire.generated import worker_pb2
 
 logger = logging.getLogger(__name__)
 
 DecodeOutput = (
-    worker_pb2.DecodeReserved | worker_pb2.DecodeStarted | worker_pb2.SampledToken | worker_pb2.WorkerFailure
+    worker_pb2.DecodeReserved
+    | worker_pb2.DecodeStarted
+    | worker_pb2.PromptLogprobs
+    | worker_pb2.SampledToken
+    | worker_pb2.WorkerFailure
 )
 
 
@@ -127,6 +132,8 @@ class DecodeSequence:
         match event:
             case Admitted():
                 self._admitted(event)
+            case Scored():
+                self._emit(prompt_logprobs_to_wire(event.logprobs))
             case Token():
                 self._token(event)
             case Refused():  # the engine does not have the sequence, or is gone itself
@@ -142,7 +149,7 @@ class DecodeSequence:
     def _token(self, event: Token) -> None:
         if event.choice not in self._open:
             return  # it crossed the choice's cancel
-        self._emit(sampled_to_wire(event.index, event.token, event.finish, event.choice))
+        self._emit(sampled_to_wire(event.index, event.token, event.finish, event.choice, event.logprobs))
         if event.finish:
             self._open.remove(event.choice)
             if not self._open:

@@ -107,6 +107,8 @@ class Session:
                 event.reserved.CopyFrom(output)
             case worker_pb2.DecodeStarted():
                 event.started.CopyFrom(output)
+            case worker_pb2.PromptLogprobs():
+                event.prompt_logprobs.CopyFrom(output)
             case worker_pb2.WorkerFailure():
                 event.failure.CopyFrom(output)
         self._pending.append(event)

@@ -46,6 +46,7 @@ from services.engine.messages import (
     Refused,
     Report,
     Revoked,
+    Scored,
     Submit,
     Token,
 )
@@ -60,7 +61,7 @@ class Stalled:
     error: DiptychError
 
 
-Event = Admitted | Advanced | Token | Revoked | Refused | Stalled
+Event = Admitted | Advanced | Scored | Token | Revoked | Refused | Stalled
 Listener = Callable[[Event], None]
 _STOP_GRACE_S = 5.0
 _PING_S = 0.25
@@ -221,7 +222,7 @@ class EngineHandle:
     def _dispatch(self, report: Report) -> None:
         self._silent_s, self._silence_s = 0.0, report.silence_s
         self.gauges, self.gauges_at = report.gauges, self._clock.now()
-        events: list[Event] = [*report.admitted, *report.advanced, *report.tokens]
+        events: list[Event] = [*report.admitted, *report.advanced, *report.scored, *report.tokens]
         for event in (*events, *report.revoked, *report.refused):
             if listener := self._listeners.get(event.seq_id):
                 if isinstance(event, Refused):

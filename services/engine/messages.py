@@ -28,6 +28,7 @@ import msgspec
 
 from router.step_model import StepModel
 from services.core.block_hash import ChainLink, Compatibility
+from services.core.logprobs import PromptLogprobs, TokenLogprobs
 from services.core.sampling import FinishReason, SamplingParams
 from services.model.pool_geometry import PoolGeometry
 
@@ -146,6 +147,14 @@ class Token(msgspec.Struct, frozen=True):
     token: int
     finish: FinishReason | None
     choice: int = 0
+    logprobs: TokenLogprobs | None = None
+
+
+class Scored(msgspec.Struct, frozen=True):
+    """How probable the next part of the prompt is; all of it comes before the first token."""
+
+    seq_id: str
+    logprobs: PromptLogprobs
 
 
 class Revoked(msgspec.Struct, frozen=True):
@@ -182,6 +191,7 @@ class Report(msgspec.Struct, frozen=True):
     admitted: list[Admitted] = []
     refused: list[Refused] = []
     advanced: list[Advanced] = []
+    scored: list[Scored] = []
     tokens: list[Token] = []
     revoked: list[Revoked] = []
     dropped: list[str] = []

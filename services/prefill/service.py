@@ -14,13 +14,13 @@ from services.core.clock import Clock
 from services.core.errors import BadRequest, DiptychError, KvSourceLost, PullerLost, from_label
 from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.incarnation import Incarnation
-from services.engine.messages import Admitted, Advanced, Refused, Revoked, Submit, Token
+from services.engine.messages import Admitted, Advanced, Refused, Revoked, Scored, Submit, Token
 from services.engine.submission import SequenceBounds
 from services.transfer.fetch import PrefixFetcher, PrefixOffer, prefix_offer
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.protocol import FirstToken
 from services.wire.channel import abort
-from services.wire.convert import sampled_to_wire
+from services.wire.convert import prompt_logprobs_to_wire, sampled_to_wire
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 
@@ -78,12 +78,13 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         if not request.expect_pull:
             self._leases.release(lease.transfer_id)
         return worker_pb2.PrefillReply(
-            firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in lease.firsts],
+            firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice, f.logprobs) for f in lease.firsts],
             cached_tokens=lease.cached_tokens,
             queue_ms=lease.queue_ms,
             compute_ms=compute_ms,
             fetched_tokens=lease.fetched_tokens,
             fetch_ms=lease.fetch_ms,
+            prompt_logprobs=map(prompt_logprobs_to_wire, lease.prompt_logprobs),
         )
 
     async def _compute(self, submit: Submit, lease: Lease, prefix: PrefixOffer | None) -> float:
@@ -115,8 +116,10 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                     )
             case Advanced():
                 lease.advanced(event.computed, event.block_ids)
+            case Scored():
+                lease.prompt_logprobs.append(event.logprobs)
             case Token():
-                first = FirstToken(event.index, event.token, event.finish, event.choice)
+                first = FirstToken(event.index, event.token, event.finish, event.choice, event.logprobs)
                 lease.finished(first, self._clock.now())
             case Refused():
                 self._leases.fail(lease, from_label(event.code, event.message))

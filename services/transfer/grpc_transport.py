@@ -33,9 +33,10 @@ from services.wire.convert import (
     compatibility_from_wire,
     compatibility_to_wire,
     finish_from_wire,
+    logprobs_from_wire,
     sampled_to_wire,
 )
-from services.wire.generated import transfer_pb2, transfer_pb2_grpc
+from services.wire.generated import transfer_pb2, transfer_pb2_grpc, worker_pb2
 from services.wire.payload_frame import join_payload, split_payload
 
 _SERVICE, _PULL = "diptych.v1.KvTransfer", "Pull"
@@ -251,7 +252,7 @@ def _to_wire(message: KvHeader | KvChunk) -> bytes:
         tokens=message.tokens,
         blocks=message.blocks,
         crc32c=crc32c(message.payload),
-        firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice) for f in message.firsts],
+        firsts=[sampled_to_wire(f.index, f.token, f.finish, f.choice, f.logprobs) for f in message.firsts],
         exposed_ms=message.exposed_ms,
     )
     return join_payload(transfer_pb2.KvMessage(chunk=chunk), message.payload)
@@ -267,8 +268,14 @@ def _from_wire(data: bytes, source: KvSource) -> KvHeader | KvChunk:
     chunk = message.chunk
     if crc32c(payload) != chunk.crc32c:
         raise KvCorrupt(f"KV from {source.worker_id} failed its checksum at token {chunk.first_token}")
-    firsts = tuple(FirstToken(f.index, f.token, finish_from_wire(f.finish), f.choice) for f in chunk.firsts)
+    firsts = tuple(map(_first_from_wire, chunk.firsts))
     return KvChunk(chunk.first_token, chunk.tokens, payload, firsts, chunk.exposed_ms, list(chunk.blocks))
+
+
+def _first_from_wire(wire: worker_pb2.SampledToken) -> FirstToken:
+    return FirstToken(
+        wire.index, wire.token, finish_from_wire(wire.finish), wire.choice, logprobs_from_wire(wire)
+    )
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError:

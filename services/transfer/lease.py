@@ -23,6 +23,7 @@ from typing import Literal
 
 from services.core.clock import Clock
 from services.core.errors import DiptychError, KvSourceLost, KvStale, Overloaded, WorkerLost
+from services.core.logprobs import PromptLogprobs
 from services.transfer.protocol import FirstToken
 
 # A loan keeps blocks from being evicted for others. A gigabyte takes a second or two; a reader that needs
@@ -52,6 +53,7 @@ class Lease:
         self.complete = False  # the KV of all its tokens may be read
         self.complete_at_s = 0.0
         self.firsts: list[FirstToken] = []  # one of each choice, once the prefill has ended
+        self.prompt_logprobs: list[PromptLogprobs] = []  # parts, in order, if they were asked for
         self.error: DiptychError | None = None
         self.holders = 0
         self.expires_at_s = 0.0  # means something only while nobody holds it

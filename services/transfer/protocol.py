@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.core.block_hash import Compatibility
+from services.core.logprobs import TokenLogprobs
 from services.core.sampling import FinishReason
 from services.transfer.destination import Destination
 from services.transfer.nixl_reach import Reach
@@ -33,6 +34,7 @@ class FirstToken:
     token: int
     finish: FinishReason | None
     choice: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

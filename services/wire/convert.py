@@ -2,6 +2,7 @@
 
 from services.core.block_hash import Compatibility
 from services.core.errors import BadRequest
+from services.core.logprobs import PromptLogprobs, TokenLogprobs
 from services.core.sampling import FinishReason, SamplingParams
 from services.wire.generated import transfer_pb2, worker_pb2
 
@@ -23,9 +24,34 @@ def finish_from_wire(finish: worker_pb2.FinishReason) -> FinishReason | None:
 
 
 def sampled_to_wire(
-    index: int, token: int, finish: FinishReason | None, choice: int
+    index: int, token: int, finish: FinishReason | None, choice: int, logprobs: TokenLogprobs | None = None
 ) -> worker_pb2.SampledToken:
-    return worker_pb2.SampledToken(index=index, token=token, finish=finish_to_wire(finish), choice=choice)
+    return worker_pb2.SampledToken(
+        index=index,
+        token=token,
+        finish=finish_to_wire(finish),
+        choice=choice,
+        logprobs=None if logprobs is None else _logprobs_to_wire(logprobs),
+    )
+
+
+def logprobs_from_wire(token: worker_pb2.SampledToken) -> TokenLogprobs | None:
+    if not token.HasField("logprobs"):
+        return None
+    wire = token.logprobs
+    return TokenLogprobs(wire.logprob, wire.rank, tuple(wire.top_ids), tuple(wire.top_logprobs))
+
+
+def _logprobs_to_wire(value: TokenLogprobs) -> worker_pb2.TokenLogprobs:
+    return worker_pb2.TokenLogprobs(**{name: getattr(value, name) for name in value.__struct_fields__})
+
+
+def prompt_logprobs_to_wire(value: PromptLogprobs) -> worker_pb2.PromptLogprobs:
+    return worker_pb2.PromptLogprobs(**{name: getattr(value, name) for name in value.__struct_fields__})
+
+
+def prompt_logprobs_from_wire(wire: worker_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(**{name: getattr(wire, name) for name in PromptLogprobs.__struct_fields__})
 
 
 def choices_from_wire(wire: worker_pb2.Sequence) -> tuple[int, ...]:
@@ -34,12 +60,18 @@ def choices_from_wire(wire: worker_pb2.Sequence) -> tuple[int, ...]:
 
 def sampling_to_wire(params: SamplingParams) -> worker_pb2.SamplingParams:
     values = {name: getattr(params, name) for name in params.__struct_fields__}
+    values["bad_words"] = [worker_pb2.TokenIds(ids=ids) for ids in params.bad_words]
     return worker_pb2.SamplingParams(**values)
 
 
 def sampling_from_wire(wire: worker_pb2.SamplingParams) -> SamplingParams:
     values = {name: getattr(wire, name) for name in SamplingParams.__struct_fields__}
-    values["end_token_ids"] = tuple(values["end_token_ids"])
+    for name in ("end_token_ids", "allowed_token_ids"):
+        values[name] = tuple(values[name])
+    for name in ("top_logprobs", "prompt_logprobs"):
+        values[name] = values[name] if wire.HasField(name) else None
+    values["logit_bias"] = dict(wire.logit_bias)
+    values["bad_words"] = tuple(tuple(word.ids) for word in wire.bad_words)
     params = SamplingParams(**values)
     if params.max_tokens < 1:
         raise BadRequest("sampling.max_tokens must be at least 1", "max_tokens")

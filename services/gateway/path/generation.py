@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from router.state import Route, RouteKind
 from services.core.errors import DiptychError
+from services.core.logprobs import PromptLogprobs
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerKey, WorkerReport
 from services.gateway.admission.fair_queue import Priority
@@ -87,5 +88,5 @@ class AttemptFailed:
         return self.pair or (self.culprit.key if self.culprit else None)
 
 
-WorkerEvent = PrefillResult | Reserved | Started | OutputToken
+WorkerEvent = PrefillResult | Reserved | Started | PromptLogprobs | OutputToken
 Event = Routed | WorkerEvent | AttemptFailed

@@ -3,7 +3,9 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from services.core.logprobs import TokenLogprobs
 from services.core.sampling import FinishReason
 from services.gateway.path.choices import Choices
 from services.gateway.path.generation import Event
@@ -13,19 +15,27 @@ from services.gateway.text.stop import StopMatcher
 from services.gateway.workers.worker_client import OutputToken
 
 
+class ScoredToken(NamedTuple):
+    token_id: int
+    offset: int  # where its text begins in the choice's text, in characters
+    logprobs: TokenLogprobs
+
+
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     text: str
     finish: FinishReason | None = None
     token_ids: tuple[int, ...] = ()  # since the choice's last delta; the text of the latest may be held back
     choice: int = 0
+    tokens: tuple[ScoredToken, ...] = ()  # if logprobs were asked for: those whose text ends in this delta
 
 
 def joined(deltas: Sequence[TextDelta]) -> TextDelta:
     """All deltas of one choice as one."""
     token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
     text = "".join(delta.text for delta in deltas)
-    return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice)
+    tokens = tuple(token for delta in deltas for token in delta.tokens)
+    return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice, tokens)
 
 
 class AnswerText:

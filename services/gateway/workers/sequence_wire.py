@@ -10,7 +10,12 @@ from services.gateway.workers.worker_client import (
     Sequence,
     Started,
 )
-from services.wire.convert import finish_from_wire, sampling_to_wire
+from services.wire.convert import (
+    finish_from_wire,
+    logprobs_from_wire,
+    prompt_logprobs_from_wire,
+    sampling_to_wire,
+)
 from services.wire.generated import worker_pb2
 
 
@@ -49,7 +54,9 @@ def cancel_command(sequence: Sequence, *choices: int) -> worker_pb2.DecodeComman
 
 
 def token_from_wire(wire: worker_pb2.SampledToken) -> OutputToken:
-    return OutputToken(wire.index, wire.token, finish_from_wire(wire.finish), wire.choice)
+    return OutputToken(
+        wire.index, wire.token, finish_from_wire(wire.finish), wire.choice, logprobs_from_wire(wire)
+    )
 
 
 def prefill_from_wire(wire: worker_pb2.PrefillReply) -> PrefillResult:
@@ -60,6 +67,7 @@ def prefill_from_wire(wire: worker_pb2.PrefillReply) -> PrefillResult:
         wire.compute_ms,
         wire.fetched_tokens,
         wire.fetch_ms,
+        tuple(map(prompt_logprobs_from_wire, wire.prompt_logprobs)),
     )
 
 
@@ -81,6 +89,8 @@ def event_from_wire(wire: worker_pb2.DecodeEvent) -> DecodeEvent | DiptychError 
             )
         case "token":
             return token_from_wire(wire.token)
+        case "prompt_logprobs":
+            return prompt_logprobs_from_wire(wire.prompt_logprobs)
         case "failure":
             return from_label(wire.failure.code, wire.failure.message)
     return None

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from services.core.logprobs import PromptLogprobs, TokenLogprobs
 from services.core.sampling import FinishReason, SamplingParams
 from services.core.worker_report import WorkerReport
 
@@ -47,6 +48,7 @@ class OutputToken(msgspec.Struct, frozen=True):
     token: int
     finish: FinishReason | None = None
     choice: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 class PrefillResult(msgspec.Struct, frozen=True):
@@ -56,6 +58,7 @@ class PrefillResult(msgspec.Struct, frozen=True):
     compute_ms: float
     fetched_tokens: int = 0  # from another worker's prefix cache
     fetch_ms: float = 0.0
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # parts, in order
 
 
 class Reserved(msgspec.Struct, frozen=True):
@@ -74,7 +77,7 @@ class Started(msgspec.Struct, frozen=True):
     fetch_ms: float = 0.0
 
 
-DecodeEvent = Reserved | Started | OutputToken
+DecodeEvent = Reserved | Started | PromptLogprobs | OutputToken
 
 
 class WorkerClient(Protocol):
@@ -85,7 +88,8 @@ class WorkerClient(Protocol):
     def decode(
         self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
     ) -> AsyncGenerator[DecodeEvent, None]:
-        """Perhaps Reserved, then Started, then the tokens, up to each choice's one with a finish reason.
+        """Perhaps Reserved, then Started, perhaps PromptLogprobs, then the tokens, up to each choice's one
+        with a finish reason.
 
         With a `source` the KV is pulled from there and the first tokens of the attempt are not repeated;
         without, the worker computes the prompt itself. Raises the error that the worker reported, or

@@ -24,53 +24,63 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cworker.proto\x12\ndiptych.v1\"\x81\x02\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x01\x12\x15\n\rend_token_ids\x18\x0b \x03(\x05\x12\x0f\n\x07grammar\x18\x0c \x01(\t\"\xd1\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\x05\x12\x12\n\noutput_ids\x18\x04 \x03(\x05\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x0c\n\x04salt\x18\x06 \x01(\t\x12\x12\n\nchoice_ids\x18\x07 \x03(\r\x12(\n\x06prefix\x18\x08 \x01(\x0b\x32\x18.diptych.v1.PrefixSource\"D\n\x0cPrefixSource\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.diptych.v1.KvSource\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"f\n\x0cSampledToken\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x05\x12(\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\".\n\rWorkerFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\\\n\x0ePrefillRequest\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.diptych.v1.Sequence\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x13\n\x0b\x65xpect_pull\x18\x03 \x01(\x08\"\x9f\x01\n\x0cPrefillReply\x12(\n\x06\x66irsts\x18\x01 \x03(\x0b\x32\x18.diptych.v1.SampledToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\ncompute_ms\x18\x04 \x01(\x01\x12\x16\n\x0e\x66\x65tched_tokens\x18\x05 \x01(\r\x12\x10\n\x08\x66\x65tch_ms\x18\x06 \x01(\x01\"r\n\rDecodeCommand\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.diptych.v1.DecodeSubmitH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.diptych.v1.DecodeCancelH\x00\x42\t\n\x07\x63ommand\"k\n\x0c\x44\x65\x63odeSubmit\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.diptych.v1.Sequence\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12$\n\x06source\x18\x03 \x01(\x0b\x32\x14.diptych.v1.KvSource\"=\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\"G\n\x0c\x44\x65\x63odeCancel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nchoice_ids\x18\x03 \x03(\r\"7\n\x0c\x44\x65\x63odeEvents\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.diptych.v1.DecodeEvent\"\xf2\x01\n\x0b\x44\x65\x63odeEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12,\n\x07started\x18\x03 \x01(\x0b\x32\x19.diptych.v1.DecodeStartedH\x00\x12)\n\x05token\x18\x04 \x01(\x0b\x32\x18.diptych.v1.SampledTokenH\x00\x12,\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x19.diptych.v1.WorkerFailureH\x00\x12.\n\x08reserved\x18\x06 \x01(\x0b\x32\x1a.diptych.v1.DecodeReservedH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0e\x44\x65\x63odeReserved\"\xa6\x01\n\rDecodeStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x12\n\nexposed_ms\x18\x04 \x01(\x01\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x16\n\x0e\x66\x65tched_tokens\x18\x06 \x01(\r\x12\x10\n\x08\x66\x65tch_ms\x18\x07 \x01(\x01\"1\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"%\n\x0cSetRoleReply\x12\x15\n\rprevious_role\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x46\n\x07Prefill\x12;\n\x03Run\x12\x1a.diptych.v1.PrefillRequest\x1a\x18.diptych.v1.PrefillReply2L\n\x06\x44\x65\x63ode\x12\x42\n\x07Session\x12\x19.diptych.v1.DecodeCommand\x1a\x18.diptych.v1.DecodeEvents(\x01\x30\x01\x32J\n\x07\x43ontrol\x12?\n\x07SetRole\x12\x1a.diptych.v1.SetRoleRequest\x1a\x18.diptych.v1.SetRoleReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cworker.proto\x12\ndiptych.v1\"\x94\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x01\x12\x15\n\rend_token_ids\x18\x0b \x03(\x05\x12\x0f\n\x07grammar\x18\x0c \x01(\t\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).diptych.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x10 \x03(\x05\x12\'\n\tbad_words\x18\x11 \x03(\x0b\x32\x14.diptych.v1.TokenIds\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0f\n\r_top_logprobsB\x12\n\x10_prompt_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xd1\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\x05\x12\x12\n\noutput_ids\x18\x04 \x03(\x05\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x0c\n\x04salt\x18\x06 \x01(\t\x12\x12\n\nchoice_ids\x18\x07 \x03(\r\x12(\n\x06prefix\x18\x08 \x01(\x0b\x32\x18.diptych.v1.PrefixSource\"D\n\x0cPrefixSource\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.diptych.v1.KvSource\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x93\x01\n\x0cSampledToken\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x05\x12(\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12+\n\x08logprobs\x18\x05 \x01(\x0b\x32\x19.diptych.v1.TokenLogprobs\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"t\n\x0ePromptLogprobs\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0b\n\x03top\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12\r\n\x05ranks\x18\x04 \x01(\x0c\x12\x0f\n\x07top_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\".\n\rWorkerFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\\\n\x0ePrefillRequest\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.diptych.v1.Sequence\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x13\n\x0b\x65xpect_pull\x18\x03 \x01(\x08\"\xd4\x01\n\x0cPrefillReply\x12(\n\x06\x66irsts\x18\x01 \x03(\x0b\x32\x18.diptych.v1.SampledToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\ncompute_ms\x18\x04 \x01(\x01\x12\x16\n\x0e\x66\x65tched_tokens\x18\x05 \x01(\r\x12\x10\n\x08\x66\x65tch_ms\x18\x06 \x01(\x01\x12\x33\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1a.diptych.v1.PromptLogprobs\"r\n\rDecodeCommand\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.diptych.v1.DecodeSubmitH\x00\x12*\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.diptych.v1.DecodeCancelH\x00\x42\t\n\x07\x63ommand\"k\n\x0c\x44\x65\x63odeSubmit\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.diptych.v1.Sequence\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12$\n\x06source\x18\x03 \x01(\x0b\x32\x14.diptych.v1.KvSource\"=\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\"G\n\x0c\x44\x65\x63odeCancel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nchoice_ids\x18\x03 \x03(\r\"7\n\x0c\x44\x65\x63odeEvents\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.diptych.v1.DecodeEvent\"\xa9\x02\n\x0b\x44\x65\x63odeEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12,\n\x07started\x18\x03 \x01(\x0b\x32\x19.diptych.v1.DecodeStartedH\x00\x12)\n\x05token\x18\x04 \x01(\x0b\x32\x18.diptych.v1.SampledTokenH\x00\x12,\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x19.diptych.v1.WorkerFailureH\x00\x12.\n\x08reserved\x18\x06 \x01(\x0b\x32\x1a.diptych.v1.DecodeReservedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x1a.diptych.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\x10\n\x0e\x44\x65\x63odeReserved\"\xa6\x01\n\rDecodeStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x12\n\nexposed_ms\x18\x04 \x01(\x01\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x16\n\x0e\x66\x65tched_tokens\x18\x06 \x01(\r\x12\x10\n\x08\x66\x65tch_ms\x18\x07 \x01(\x01\"1\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"%\n\x0cSetRoleReply\x12\x15\n\rprevious_role\x18\x01 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x46\n\x07Prefill\x12;\n\x03Run\x12\x1a.diptych.v1.PrefillRequest\x1a\x18.diptych.v1.PrefillReply2L\n\x06\x44\x65\x63ode\x12\x42\n\x07Session\x12\x19.diptych.v1.DecodeCommand\x1a\x18.diptych.v1.DecodeEvents(\x01\x30\x01\x32J\n\x07\x43ontrol\x12?\n\x07SetRole\x12\x1a.diptych.v1.SetRoleRequest\x1a\x18.diptych.v1.SetRoleReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1918
-  _globals['_FINISHREASON']._serialized_end=2013
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2577
+  _globals['_FINISHREASON']._serialized_end=2672
   _globals['_SAMPLINGPARAMS']._serialized_start=29
-  _globals['_SAMPLINGPARAMS']._serialized_end=286
-  _globals['_SEQUENCE']._serialized_start=289
-  _globals['_SEQUENCE']._serialized_end=498
-  _globals['_PREFIXSOURCE']._serialized_start=500
-  _globals['_PREFIXSOURCE']._serialized_end=568
-  _globals['_SAMPLEDTOKEN']._serialized_start=570
-  _globals['_SAMPLEDTOKEN']._serialized_end=672
-  _globals['_WORKERFAILURE']._serialized_start=674
-  _globals['_WORKERFAILURE']._serialized_end=720
-  _globals['_PREFILLREQUEST']._serialized_start=722
-  _globals['_PREFILLREQUEST']._serialized_end=814
-  _globals['_PREFILLREPLY']._serialized_start=817
-  _globals['_PREFILLREPLY']._serialized_end=976
-  _globals['_DECODECOMMAND']._serialized_start=978
-  _globals['_DECODECOMMAND']._serialized_end=1092
-  _globals['_DECODESUBMIT']._serialized_start=1094
-  _globals['_DECODESUBMIT']._serialized_end=1201
-  _globals['_KVSOURCE']._serialized_start=1203
-  _globals['_KVSOURCE']._serialized_end=1264
-  _globals['_DECODECANCEL']._serialized_start=1266
-  _globals['_DECODECANCEL']._serialized_end=1337
-  _globals['_DECODEEVENTS']._serialized_start=1339
-  _globals['_DECODEEVENTS']._serialized_end=1394
-  _globals['_DECODEEVENT']._serialized_start=1397
-  _globals['_DECODEEVENT']._serialized_end=1639
-  _globals['_DECODERESERVED']._serialized_start=1641
-  _globals['_DECODERESERVED']._serialized_end=1657
-  _globals['_DECODESTARTED']._serialized_start=1660
-  _globals['_DECODESTARTED']._serialized_end=1826
-  _globals['_SETROLEREQUEST']._serialized_start=1828
-  _globals['_SETROLEREQUEST']._serialized_end=1877
-  _globals['_SETROLEREPLY']._serialized_start=1879
-  _globals['_SETROLEREPLY']._serialized_end=1916
-  _globals['_PREFILL']._serialized_start=2015
-  _globals['_PREFILL']._serialized_end=2085
-  _globals['_DECODE']._serialized_start=2087
-  _globals['_DECODE']._serialized_end=2163
-  _globals['_CONTROL']._serialized_start=2165
-  _globals['_CONTROL']._serialized_end=2239
+  _globals['_SAMPLINGPARAMS']._serialized_end=561
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=476
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=524
+  _globals['_TOKENIDS']._serialized_start=563
+  _globals['_TOKENIDS']._serialized_end=586
+  _globals['_SEQUENCE']._serialized_start=589
+  _globals['_SEQUENCE']._serialized_end=798
+  _globals['_PREFIXSOURCE']._serialized_start=800
+  _globals['_PREFIXSOURCE']._serialized_end=868
+  _globals['_SAMPLEDTOKEN']._serialized_start=871
+  _globals['_SAMPLEDTOKEN']._serialized_end=1018
+  _globals['_TOKENLOGPROBS']._serialized_start=1020
+  _globals['_TOKENLOGPROBS']._serialized_end=1105
+  _globals['_PROMPTLOGPROBS']._serialized_start=1107
+  _globals['_PROMPTLOGPROBS']._serialized_end=1223
+  _globals['_WORKERFAILURE']._serialized_start=1225
+  _globals['_WORKERFAILURE']._serialized_end=1271
+  _globals['_PREFILLREQUEST']._serialized_start=1273
+  _globals['_PREFILLREQUEST']._serialized_end=1365
+  _globals['_PREFILLREPLY']._serialized_start=1368
+  _globals['_PREFILLREPLY']._serialized_end=1580
+  _globals['_DECODECOMMAND']._serialized_start=1582
+  _globals['_DECODECOMMAND']._serialized_end=1696
+  _globals['_DECODESUBMIT']._serialized_start=1698
+  _globals['_DECODESUBMIT']._serialized_end=1805
+  _globals['_KVSOURCE']._serialized_start=1807
+  _globals['_KVSOURCE']._serialized_end=1868
+  _globals['_DECODECANCEL']._serialized_start=1870
+  _globals['_DECODECANCEL']._serialized_end=1941
+  _globals['_DECODEEVENTS']._serialized_start=1943
+  _globals['_DECODEEVENTS']._serialized_end=1998
+  _globals['_DECODEEVENT']._serialized_start=2001
+  _globals['_DECODEEVENT']._serialized_end=2298
+  _globals['_DECODERESERVED']._serialized_start=2300
+  _globals['_DECODERESERVED']._serialized_end=2316
+  _globals['_DECODESTARTED']._serialized_start=2319
+  _globals['_DECODESTARTED']._serialized_end=2485
+  _globals['_SETROLEREQUEST']._serialized_start=2487
+  _globals['_SETROLEREQUEST']._serialized_end=2536
+  _globals['_SETROLEREPLY']._serialized_start=2538
+  _globals['_SETROLEREPLY']._serialized_end=2575
+  _globals['_PREFILL']._serialized_start=2674
+  _globals['_PREFILL']._serialized_end=2744
+  _globals['_DECODE']._serialized_start=2746
+  _globals['_DECODE']._serialized_end=2822
+  _globals['_CONTROL']._serialized_start=2824
+  _globals['_CONTROL']._serialized_end=2898
 # @@protoc_insertion_point(module_scope)
