@@ -105,6 +105,10 @@ class GatewayConfig:
     choices_max: int = field(
         default=128, metadata={"help": "the largest n: answers to one prompt", "range": (1, 128)}
     )
+    answers_max: int = field(
+        default=256,
+        metadata={"help": "answers in one request: its prompts times n", "range": (1, 2048)},
+    )
     body_bytes_max: int = field(default=8 << 20, metadata={"help": "larger request bodies get 413"})
     membership_poll_s: float = field(
         default=0.1, metadata={"help": "how often to read which workers there are"}

@@ -1,8 +1,8 @@
 """A gateway, composed: everything one process shares between its requests."""
 
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 from router.state import RouteOptions
@@ -20,11 +20,13 @@ from services.gateway.cluster.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
 from services.gateway.door.tenant import Tenant
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.path.answers import Answers, Part
 from services.gateway.path.attempts import Attempts, Patience, RetryPolicy
 from services.gateway.path.choices import Choices
 from services.gateway.path.generation import Generation
 from services.gateway.path.journal import Journal
 from services.gateway.path.pipeline import Pipeline
+from services.gateway.path.record import Record
 from services.gateway.served_model import ServedModel
 from services.gateway.text.answer import AnswerText, TextDelta, answer
 from services.gateway.text.detokenizer import Detokenizer
@@ -56,6 +58,7 @@ class Gateway:
             config.choices_max,
             self._rng,
             config.cache_sharing,
+            config.answers_max,
         )
         options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
         places = Places(self.view, options, _place_limits(config), clock, self._rng)
@@ -77,23 +80,26 @@ class Gateway:
         """Whether new requests should come here."""
         return self.view.ready and not self.draining
 
-    @asynccontextmanager
-    async def answering(
-        self, generation: Generation, journal: Journal
-    ) -> AsyncIterator[AsyncGenerator[TextDelta, None]]:
+    def answering(
+        self, generations: Sequence[Generation], record: Record
+    ) -> AbstractAsyncContextManager[AsyncGenerator[TextDelta, None]]:
         """The way of one request, layer around layer. Raises Overloaded before any work is done for it."""
-        patience = Patience(self._retry_policy, self.clock)
-        choices = Choices(generation.choices)
+        journals = record.of_prompts(len(generations))
+        parts = [self._part(*own) for own in zip(generations, journals, strict=True)]
+        for part in parts[1:]:  # the request's first token is that of its first prompt
+            part.ticket.first_token_by = part.ticket.deadline
+        return Answers(parts, self.admission, self.queue, self.clock).streaming()
+
+    def _part(self, generation: Generation, journal: Journal) -> Part:
+        patience, choices = Patience(self._retry_policy, self.clock), Choices(generation.choices)
         first = self._ticket(generation, choices, patience, journal.received_at)
-        try:
-            await self.admission.admit(first)
-            journal.admit(len(generation.prompt_ids), generation.sampling.seed)
+
+        def deltas() -> AsyncGenerator[TextDelta, None]:
             attempts = Attempts(generation, choices, first, self._pipeline, self.view)
             texts = [self._text(generation) for _ in range(generation.choices)]
-            async with aclosing(answer(attempts.events(patience), texts, choices, journal)) as deltas:
-                yield deltas
-        finally:
-            self.queue.leave(first)
+            return answer(attempts.events(patience), texts, choices, journal)
+
+        return Part(generation, first, journal, deltas)
 
     def _ticket(
         self, generation: Generation, choices: Choices, patience: Patience, received_at: float
@@ -113,7 +119,7 @@ class Gateway:
         """Where the request would go if it came now. Nothing is computed for it, but it takes a slot of a
         request while its prompt is read: tokenising is work."""
         with self.admission.slot():
-            generation = await self.prompts.read(request, "explain", self.clock.now(), tenant)
+            generation = await self.prompts.read_one(request, "explain", self.clock.now(), tenant)
             choices, patience = Choices(generation.choices), Patience(self._retry_policy, self.clock)
             ticket = self._ticket(generation, choices, patience, self.clock.now())
             await self.queue.locate(ticket)

@@ -51,4 +51,4 @@ class TieJudge:
         kind = ChatCompletionRequest if "messages" in ask.body else CompletionRequest
         model = ServedModel.of(open_model(self._gguf))
         reader = PromptReader(model, lambda: 1 << 20, choices_max=ask.choices, rng=random.Random(0))
-        return await reader.read(kind.model_validate(ask.body), "judged", deadline=0.0)
+        return await reader.read_one(kind.model_validate(ask.body), "judged", deadline=0.0)

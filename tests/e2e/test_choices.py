@@ -67,6 +67,16 @@ async def test_each_choice_has_the_tokens_that_a_decode_worker_alone_gives_it(sp
     assert (both["usage"]["prompt_tokens"], both["usage"]["completion_tokens"]) == (len(PROMPT), N * TOKENS)
 
 
+async def test_several_prompts_get_what_each_gets_alone(split, alone) -> None:
+    prompts = [PROMPT, PROMPT[:40], PROMPT[20:60]]
+    async with split.http() as http, alone.http() as lonely:
+        both = token_ids(await ask(http, body(2, prompt=prompts)))
+        one = token_ids(await ask(lonely, body(2, prompt=prompts)))
+        each = [token_ids(await ask(http, body(2, prompt=prompt))) for prompt in prompts]
+    assert both == one
+    assert [both[index] for index in range(6)] == [choices[choice] for choices in each for choice in (0, 1)]
+
+
 async def test_greedy_choices_are_equal(split) -> None:
     async with split.http() as http:
         found = token_ids(await ask(http, body(N, temperature=0)))

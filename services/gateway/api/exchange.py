@@ -25,7 +25,7 @@ from services.gateway.api.schema import ChatCompletionRequest, GenerationRequest
 from services.gateway.api.sse import EventStream
 from services.gateway.door.tenant import Tenant
 from services.gateway.gateway import Gateway
-from services.gateway.path.journal import Journal
+from services.gateway.path.record import Record
 from services.gateway.text.answer import TextDelta, joined
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Exchange(Response):
         self._request_id: str = http.state.request_id
         self._client_request_id: str = http.state.client_request_id
         self._tenant = Tenant.of(http.headers.get("authorization"))
-        self._journal = Journal(
+        self._record = Record(
             endpoint,
             gateway.clock,
             gateway.metrics,
@@ -58,7 +58,7 @@ class Exchange(Response):
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = EventStream(send)
         try:
-            with self._journal.keeping(), self._gateway.admission.slot():
+            with self._record.keeping(), self._gateway.admission.slot():
                 async with self._in_time(), aclosing(self._deltas()) as deltas:
                     if self._body.stream:
                         await self._stream(deltas, stream)
@@ -95,7 +95,7 @@ class Exchange(Response):
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
         generation = await self._gateway.prompts.read(self._body, self._request_id, deadline, self._tenant)
-        async with self._gateway.answering(generation, self._journal) as deltas:
+        async with self._gateway.answering(generation, self._record) as deltas:
             context = {"request_id": self._request_id}
             logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
             async for delta in deltas:
@@ -106,12 +106,12 @@ class Exchange(Response):
         async for delta in deltas:
             collected[delta.choice].append(delta)
         answers = [joined(collected[choice]) for choice in sorted(collected)]
-        body = self._format.whole(answers, self._journal.usage)
+        body = self._format.whole(answers, self._record.usage)
         return as_json(body, self._if_wanted(*answers), self._timings, self._routes)
 
     async def _stream(self, deltas: AsyncGenerator[TextDelta, None], stream: EventStream) -> None:
         opened: set[int] = set()
-        unfinished = self._body.choices
+        unfinished = self._body.answers
         async for delta in deltas:
             if delta.choice not in opened:
                 opened.add(delta.choice)
@@ -122,7 +122,7 @@ class Exchange(Response):
             extras = (self._timings, self._routes) if last else (None, None)
             await stream.event(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
         if self._body.include_usage:
-            usage = self._format.usage_chunk(self._journal.usage)
+            usage = self._format.usage_chunk(self._record.usage)
             await stream.event(as_json(usage, None, self._timings, self._routes))
         await stream.done()
 
@@ -138,12 +138,12 @@ class Exchange(Response):
                 await stream.end()
 
     @property
-    def _timings(self) -> Timings | None:
-        return self._journal.timings if self._body.timings else None
+    def _timings(self) -> Timings | list[Timings] | None:
+        return self._record.timings if self._body.timings else None
 
     @property
     def _routes(self) -> list[Route] | None:
-        return self._journal.routes if self._body.explain else None
+        return self._record.routes if self._body.explain else None
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -116,7 +116,7 @@ class CompletionFormat:
 def as_json(
     body: ChatCompletion | ChatCompletionChunk | Completion,
     token_ids: Sequence[Sequence[int]] | None = None,
-    timings: Timings | None = None,
+    timings: Timings | list[Timings] | None = None,
     routes: Sequence[Route] | None = None,
 ) -> str:
     """`body` with the extras that the client asked for, and without the fields that nobody set."""

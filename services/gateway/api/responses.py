@@ -162,8 +162,8 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    timings: Timings | None = None
-    routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16
+    timings: Timings | list[Timings] | None = None  # a list where there are several prompts, in their order
+    routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16 of each prompt
 
 
 class Model(BaseModel):

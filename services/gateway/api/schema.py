@@ -9,12 +9,11 @@ for each of 300,000 bad token ids would stop every stream for seconds.
 
 import logging
 import reprlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -66,6 +65,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 # Known to change nothing that we promise.
 _HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
 _TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
+PROMPTS_MAX = 2048  # in one request, whatever the gateway's settings: bounds what checking them takes
 _UNKNOWN_NAMES_MAX = 1000  # bounds the memory of who has been warned about
 _warned: set[str] = set()
 
@@ -80,24 +80,24 @@ def _unicode(text: str) -> str:
     return text
 
 
-def _only_prompt(prompt: object) -> object:
-    """Many clients send a list of prompts even for one."""
-    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
-        return prompt
-    if len(prompt) > 1:
-        raise ValueError("several prompts in one request are not supported; send one request for each")
-    return prompt[0]
+def _kind_of_one(prompt: object) -> str:
+    return "ids" if isinstance(prompt, list) else "text"
+
+
+def _kind_of_prompt(prompt: object) -> str:
+    several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+    return "prompts" if several else _kind_of_one(prompt)
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
 StopString = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-_ListOfOnePrompt = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=1)]
-Prompt = Annotated[
-    Text | TokenIds,
-    BeforeValidator(_only_prompt, json_schema_input_type=Text | TokenIds | _ListOfOnePrompt),
-]
+_TextPrompt = Annotated[Text, Tag("text")]
+_IdsPrompt = Annotated[TokenIds, Tag("ids")]
+_OnePrompt = Annotated[_TextPrompt | _IdsPrompt, Discriminator(_kind_of_one)]
+_Prompts = Annotated[list[_OnePrompt], Field(max_length=PROMPTS_MAX, fail_fast=True), Tag("prompts")]
+Prompt = Annotated[_TextPrompt | _IdsPrompt | _Prompts, Discriminator(_kind_of_prompt)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -191,6 +191,11 @@ class GenerationRequest(BaseModel):
         return 1 if self.n is None else self.n
 
     @property
+    def answers(self) -> int:
+        """In all: choices of all prompts."""
+        return self.choices
+
+    @property
     def max_tokens_param(self) -> str:
         return "max_tokens"
 
@@ -237,8 +242,22 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Prompt = Field(description="text, or token ids, or a list of one of these")
+    prompt: Prompt = Field(description="text, or token ids, or a list of these: each gets n answers")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default 16")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if self.has_list_of_prompts:
+            return cast("list[str | list[int]]", self.prompt)
+        return [cast("str | list[int]", self.prompt)]
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * self.choices
+
+    @property
+    def has_list_of_prompts(self) -> bool:
+        return _kind_of_prompt(self.prompt) == "prompts"
 
 
 # What pydantic calls the two in the locations of errors; no field of a request is named so.

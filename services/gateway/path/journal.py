@@ -1,14 +1,12 @@
-"""What happened to one request: its stages, times and counts. Usage, timings and metrics come from it."""
+"""What happened to one prompt of a request: its stages, times and counts. Usage, timings and metrics come
+from it; `record` sums them up for the request."""
 
-import asyncio
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from router.state import Route
 from services.core.clock import Clock
-from services.core.errors import DiptychError, RequestCancelled, facts
-from services.core.stages import Stage, Timeline
+from services.core.errors import facts
+from services.core.stages import ENDS, Stage, Timeline
 from services.gateway.api.responses import PromptTokensDetails, Timings, Usage
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.path.generation import AttemptFailed, Event, Routed
@@ -23,15 +21,9 @@ class Journal:
     of the latest news."""
 
     def __init__(
-        self,
-        endpoint: str,
-        clock: Clock,
-        metrics: GatewayMetrics,
-        received_at: float,
-        *,
-        keeps_routes: bool = False,
+        self, clock: Clock, metrics: GatewayMetrics, received_at: float, *, keeps_routes: bool = False
     ) -> None:
-        self._endpoint, self._clock, self._metrics = endpoint, clock, metrics
+        self._clock, self._metrics = clock, metrics
         self._timeline = Timeline(clock, metrics.leave_stage, started_at=received_at)
         self._prompt_tokens = self._seed = 0
         self._completion_tokens = 0
@@ -44,28 +36,12 @@ class Journal:
         self._first_token_at = received_at
         self._last_token_at: dict[int, float] = {}  # by choice
 
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Around the whole request: enters its last stage and counts its outcome."""
-        try:
-            yield
-        except DiptychError as error:
-            self._end(Stage.FAILED, facts(error).label)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            self._end(Stage.CANCELLED, facts(RequestCancelled()).label)
-            raise
-        except Exception:
-            self._end(Stage.FAILED, "internal")
-            raise
-        self._end(Stage.FINISHED, "ok")
-
     @property
     def received_at(self) -> float:
         return self._timeline.started_at
 
     def admit(self, prompt_tokens: int, seed: int) -> None:
-        """The request is understood, and there is room for it in the gateway."""
+        """The prompt is understood, and there is room for it in the gateway."""
         self._prompt_tokens, self._seed = prompt_tokens, seed
         self._timeline.enter(Stage.ADMITTED)
 
@@ -126,9 +102,10 @@ class Journal:
         if self._cached_tokens is None:
             self._cached_tokens = min(tokens, self._prompt_tokens)
 
-    def _end(self, stage: Stage, outcome: str) -> None:
-        self._timeline.enter(stage)
-        self._metrics.requests.labels(self._endpoint, outcome).inc()
+    def end(self, stage: Stage) -> None:
+        """Enter the last stage, unless it has ended already."""
+        if self._timeline.stage not in ENDS:
+            self._timeline.enter(stage)
 
     @property
     def usage(self) -> Usage:

@@ -1,11 +1,13 @@
-"""From a checked request to a Generation: chat template, tokens, limits, sampling parameters."""
+"""From a checked request to Generations: chat template, tokens, limits, sampling parameters."""
 
 import asyncio
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import msgspec
 
 from services.core.errors import BadRequest, UnknownModel
 from services.core.sampling import SamplingParams
@@ -38,21 +40,32 @@ class PromptReader:
     choices_max: int
     rng: random.Random  # draws the seeds that clients leave out
     cache_sharing: CacheSharing = "key"
+    answers_max: int = 256
+
+    async def read_one(
+        self, request: GenerationRequest, request_id: str, deadline: float, tenant: Tenant = ANYBODY
+    ) -> Generation:
+        """Of a request with one prompt; another raises BadRequest."""
+        if _prompts(request) > 1:
+            raise BadRequest("Give one prompt: where a request goes is told for each prompt.", "prompt")
+        return (await self.read(request, request_id, deadline, tenant))[0]
 
     async def read(
         self, request: GenerationRequest, request_id: str, deadline: float, tenant: Tenant = ANYBODY
-    ) -> Generation:
-        """Raises BadRequest, naming the parameter, for whatever is wrong with the request."""
+    ) -> list[Generation]:
+        """One for each prompt. Raises BadRequest, naming the parameter, for whatever is wrong with it."""
         if request.model != self.model.name:
             raise UnknownModel(
                 f"The model '{request.model}' does not exist. This server has '{self.model.name}'.", "model"
             )
         request.check_supported()
-        prompt_ids = await self._prompt_ids(request)
-        return Generation(
+        self._check_answers(request)
+        prompts = await self._prompts(request)
+        limits = [self._max_tokens(request, number, len(ids)) for number, ids in enumerate(prompts)]
+        whole = Generation(
             request_id=request_id,
-            prompt_ids=prompt_ids,
-            sampling=self._sampling(request, self._max_tokens(request, len(prompt_ids))),
+            prompt_ids=[],
+            sampling=self._sampling(request, min(limits)),
             deadline=deadline,
             ttft_max_s=request.ttft_max_s,
             priority=request.priority_class,
@@ -60,45 +73,68 @@ class PromptReader:
             salt=tenant.salt(request.cache_salt or "", self.cache_sharing),
             stop=request.stop_strings,
             skip_special_tokens=request.skip_special_tokens is not False,
-            choices=self._choices(request),
+            choices=request.choices,
         )
+        return [
+            self._part(request, whole, *own)
+            for own in zip(_ids(whole, prompts), prompts, limits, strict=True)
+        ]
 
-    async def _prompt_ids(self, request: GenerationRequest) -> list[int]:
+    def _part(
+        self, request: GenerationRequest, whole: Generation, own_id: str, prompt: list[int], max_tokens: int
+    ) -> Generation:
+        seed = self._seed(request)
+        sampling = msgspec.structs.replace(whole.sampling, max_tokens=max_tokens, seed=seed)
+        return replace(whole, request_id=own_id, prompt_ids=prompt, sampling=sampling)
+
+    async def _prompts(self, request: GenerationRequest) -> list[list[int]]:
+        """The tokens of each prompt, none of them empty."""
         match request:
-            case CompletionRequest(prompt=list() as ids):
-                prompt_ids = self._checked(ids, "prompt")
-            case CompletionRequest(prompt=str() as text):
-                prompt_ids = await self._tokenized(len(text), lambda: text, add_special_tokens=True)
+            case CompletionRequest():
+                prompts = await self._of_completion(request)
             case ChatCompletionRequest(messages=messages):
-                prompt_ids = await self._tokenized(
-                    _characters(messages), lambda: self._rendered(messages), add_special_tokens=False
+                prompts = await self._tokenized(
+                    _characters(messages), lambda: [self._rendered(messages)], add_special_tokens=False
                 )
             case _:
                 raise AssertionError(f"no prompt in a {type(request).__name__}")
-        if not prompt_ids:
-            raise BadRequest("The prompt is empty. Give at least one token.", _prompt_param(request))
-        return prompt_ids
+        if [] in prompts:
+            param = _prompt_param(request, prompts.index([]))
+            raise BadRequest("The prompt is empty. Give at least one token.", param)
+        return prompts
+
+    async def _of_completion(self, request: CompletionRequest) -> list[list[int]]:
+        texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
+        characters = sum(map(len, texts)) + _MESSAGE_CHARACTERS * (len(texts) - 1)
+        tokenized = iter(await self._tokenized(characters, lambda: texts, add_special_tokens=True))
+        return [
+            next(tokenized)
+            if isinstance(prompt, str)
+            else self._checked(prompt, _prompt_param(request, number))
+            for number, prompt in enumerate(request.prompts)
+        ]
 
     async def _tokenized(
-        self, characters: float, text: Callable[[], str], *, add_special_tokens: bool
-    ) -> list[int]:
-        def encode() -> list[int]:
-            return self.model.tokenizer.encode(text(), add_special_tokens=add_special_tokens)
+        self, characters: float, texts: Callable[[], list[str]], *, add_special_tokens: bool
+    ) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            encoded = self.model.tokenizer.encode
+            return [encoded(text, add_special_tokens=add_special_tokens) for text in texts()]
 
         return await asyncio.to_thread(encode) if characters > THREAD_CHARACTERS_MIN else encode()
 
     def _rendered(self, messages: list[ChatMessage]) -> str:
         return self.model.tokenizer.render_chat([message.for_template() for message in messages])
 
-    def _max_tokens(self, request: GenerationRequest, prompt_tokens: int) -> int:
-        """What the client asked for, or the default, within the context."""
+    def _max_tokens(self, request: GenerationRequest, number: int, prompt_tokens: int) -> int:
+        """Of an answer to prompt `number`: what the client asked for, or the default, within the context."""
         limit = self.context_tokens_max()
         room = limit - prompt_tokens
         if room < 1:
             raise BadRequest(
                 f"The prompt has {prompt_tokens} tokens; with at least one token of answer, this model's "
                 f"context of {limit} tokens is exceeded. Shorten the prompt.",
-                _prompt_param(request),
+                _prompt_param(request, number),
                 "context_length_exceeded",
             )
         asked = request.answer_tokens_max
@@ -113,19 +149,32 @@ class PromptReader:
             return asked
         return room if isinstance(request, ChatCompletionRequest) else min(room, COMPLETION_TOKENS_DEFAULT)
 
-    def _choices(self, request: GenerationRequest) -> int:
-        if request.choices > self.choices_max:
+    def _check_answers(self, request: GenerationRequest) -> None:
+        prompts, choices = _prompts(request), request.choices
+        if choices > self.choices_max:
             raise BadRequest(
-                f"'n' is {request.choices}, but this server gives at most {self.choices_max} answers.", "n"
+                f"'n' is {choices}, but this server gives at most {self.choices_max} answers.", "n"
             )
-        return request.choices
+        if prompts * choices > self.answers_max:
+            raise BadRequest(
+                f"{prompts} prompts with {choices} answers each are {prompts * choices} answers, but this "
+                f"server gives at most {self.answers_max} in one request. Send several requests.",
+                "prompt" if prompts > 1 else "n",
+            )
+
+    def _seed(self, request: GenerationRequest) -> int:
+        """One given counts for every prompt, so each gets the answers that it gets alone. Of those drawn each
+        gets another: prompts that are alike get different answers."""
+        if request.seed is None:
+            return self.rng.getrandbits(SEED_BITS)
+        return request.seed % (1 << SEED_BITS)
 
     def _sampling(self, request: GenerationRequest, max_tokens: int) -> SamplingParams:
+        """All but the seed."""
         if (request.min_tokens or 0) > max_tokens:
             raise BadRequest(f"'min_tokens' is above the answer's limit of {max_tokens}.", "min_tokens")
         stop_ids = self._checked(request.stop_token_ids or [], "stop_token_ids")
         end_ids = set() if request.ignore_eos else self.model.tokenizer.end_token_ids
-        seed = self.rng.getrandbits(SEED_BITS) if request.seed is None else request.seed % (1 << SEED_BITS)
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=request.min_tokens or 0,
@@ -133,7 +182,6 @@ class PromptReader:
             top_p=_given(request.top_p, 1.0),
             top_k=min(max(_given(request.top_k, 0), 0), self.model.tokenizer.vocab_size),
             min_p=_given(request.min_p, 0.0),
-            seed=seed,
             presence_penalty=_given(request.presence_penalty, 0.0),
             frequency_penalty=_given(request.frequency_penalty, 0.0),
             repetition_penalty=_given(request.repetition_penalty, 1.0),
@@ -141,8 +189,8 @@ class PromptReader:
         )
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
-        outside = next((token_id for token_id in ids if token_id >= self.model.tokenizer.vocab_size), None)
-        if outside is not None:
+        outside = max(ids, default=0)
+        if outside >= self.model.tokenizer.vocab_size:
             raise BadRequest(
                 f"Token id {outside} is outside the vocabulary of {self.model.tokenizer.vocab_size}.", param
             )
@@ -156,8 +204,21 @@ def _characters(messages: list[ChatMessage]) -> float:
     return sum(len(message.content or "") + _MESSAGE_CHARACTERS for message in messages)
 
 
-def _prompt_param(request: GenerationRequest) -> str:
-    return "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
+def _ids(whole: Generation, prompts: list[list[int]]) -> list[str]:
+    """Of the request's parts, which meet each other on workers."""
+    if len(prompts) == 1:
+        return [whole.request_id]
+    return [f"{whole.request_id}-{number}" for number in range(len(prompts))]
+
+
+def _prompts(request: GenerationRequest) -> int:
+    return len(request.prompts) if isinstance(request, CompletionRequest) else 1
+
+
+def _prompt_param(request: GenerationRequest, number: int) -> str:
+    if not isinstance(request, CompletionRequest):
+        return "messages"
+    return f"prompt[{number}]" if request.has_list_of_prompts else "prompt"
 
 
 def _given(value: T | None, default: T) -> T:

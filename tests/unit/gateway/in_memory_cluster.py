@@ -34,7 +34,8 @@ class InMemoryCluster:
         self.index = MemoryPrefixIndex(self.clock, ttl_s=3600)
         end = min(model.tokenizer.end_token_ids)
         self.answer_ids = [*model.tokenizer.encode(answer, add_special_tokens=False), end]
-        self.workers = MemoryWorkerClient(lambda prompt: self.answer_ids)
+        self.answers: dict[tuple[int, ...], list[int]] = {}  # by prompt, where it has one of its own
+        self.workers = MemoryWorkerClient(lambda prompt: self.answers.get(tuple(prompt), self.answer_ids))
         self.gateway = Gateway(config, model, self.membership, self.index, self.workers, self.clock)
         self.url = ""
 

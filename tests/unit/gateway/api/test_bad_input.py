@@ -89,12 +89,22 @@ BAD_COMPLETION = [
     ({"prompt": [1, -1]}, "prompt[1]"),
     ({"prompt": [1, 10**7]}, "prompt"),
     ({"prompt": [-1] * 12}, "prompt[0]"),
-    ({"prompt": ["one", "two"]}, "prompt"),
-    ({"prompt": [[1], [2]]}, "prompt"),
-    ({"prompt": [["one"]]}, "prompt[0]"),
-    ({"prompt": [""]}, "prompt"),
-    ({"prompt": [[]]}, "prompt"),
-    ({"prompt": ["\ud800"]}, "prompt"),
+    ({"prompt": [["one"]]}, "prompt[0][0]"),
+    ({"prompt": [""]}, "prompt[0]"),
+    ({"prompt": ["one", ""]}, "prompt[1]"),
+    ({"prompt": [[1], []]}, "prompt[1]"),
+    ({"prompt": ["one", "\ud800"]}, "prompt[1]"),
+    ({"prompt": [[1], [2, 10**7]]}, "prompt[1]"),
+    ({"prompt": [[1], [2, -3]]}, "prompt[1][1]"),
+    ({"prompt": ["one", 5]}, "prompt[1]"),
+    ({"prompt": [5, "one"]}, "prompt[1]"),
+    ({"prompt": [["one"], {}]}, "prompt[0][0]"),
+    ({"prompt": ["one", [[1]]]}, "prompt[1][0]"),
+    ({"prompt": ["one", "word " * 9000]}, "prompt[1]"),
+    ({"prompt": ["one", [5] * 2048]}, "prompt[1]"),
+    ({"prompt": ["one"] * 257}, "prompt"),
+    ({"prompt": ["one"] * 5000}, "prompt"),
+    ({"prompt": ["one"] * 129, "n": 2}, "prompt"),
     ({"prompt": "word " * 9000}, "prompt"),
 ]
 
@@ -125,22 +135,18 @@ async def test_a_bad_completion_request_names_its_parameter(cluster, change, par
     assert cluster.workers.calls == []
 
 
-@pytest.mark.parametrize("prompts", [["one", "two"], [[1], [2]], ["one", 5]], ids=str)
-async def test_several_prompts_are_refused_in_words(cluster, prompts) -> None:
-    error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": prompts})
-    assert "several prompts in one request are not supported" in error["message"]
-
-
 @pytest.mark.parametrize(
     ("schema", "bad"),
     [
         (CompletionRequest, {"prompt": [-1] * 1000}),
         (CompletionRequest, {"prompt": [[-1] * 1000]}),
+        (CompletionRequest, {"prompt": ["a", *[5] * 1000]}),
+        (CompletionRequest, {"prompt": [[-1], *[[-1] * 1000] * 1000]}),
         (CompletionRequest, {"prompt": "a", "stop_token_ids": [-1] * 1000}),
         (ChatCompletionRequest, {"messages": [{"role": "robot", "content": "hi"}] * 1000}),
         (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}] * 1000}]}),
     ],
-    ids=["prompt", "a list of one prompt", "stop_token_ids", "messages", "parts"],
+    ids=["prompt", "a list of one prompt", "prompts", "lists", "stop_token_ids", "messages", "parts"],
 )
 def test_a_list_is_checked_only_up_to_its_first_bad_element(schema, bad) -> None:
     with pytest.raises(ValidationError) as invalid:

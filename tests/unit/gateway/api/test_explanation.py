@@ -122,6 +122,11 @@ async def test_a_body_that_is_no_object_is_refused_in_words(cluster) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, None)
 
 
+async def test_a_route_is_explained_for_one_prompt(cluster) -> None:
+    response = await cluster.http.post("/v1/route", json={**PROMPT, "prompt": ["one", "two"]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+
+
 async def test_without_a_worker_that_could_take_it_there_is_no_route(start_cluster) -> None:
     cluster = await start_cluster(reports=[report("p", "prefill")])
     response = await cluster.http.post("/v1/route", json=PROMPT)

@@ -10,7 +10,7 @@ from services.core.clock import ManualClock
 from services.core.errors import Overloaded, WorkerLost
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.path.generation import AttemptFailed, Routed
-from services.gateway.path.journal import Journal
+from services.gateway.path.record import Record
 from services.gateway.workers.worker_client import OutputToken, PrefillResult, Started
 from tests.unit.gateway.scripted_worker_server import report
 
@@ -28,7 +28,8 @@ class Told:
     def __init__(self) -> None:
         self.clock = ManualClock(100.0)
         self.metrics = GatewayMetrics()
-        self.journal = Journal("completions", self.clock, self.metrics, 99.5)
+        self.record = Record("completions", self.clock, self.metrics, 99.5)
+        [self.journal] = self.record.of_prompts(1)
 
     def tell(self, *events) -> "Told":
         for event in events:
@@ -110,7 +111,7 @@ def test_choices_are_counted_together_and_timed_apart(told) -> None:
 def test_choices_that_go_on_apart_keep_the_request_s_stages_legal(told) -> None:
     lost = WorkerLost("gone")
     first = (OutputToken(0, 5, None, 0), OutputToken(0, 6, None, 1))
-    with told.journal.keeping():
+    with told.record.keeping():
         told.tell(routed(), PrefillResult(first, 0, 0.0, 0.0), *first, AttemptFailed(lost, D))
         told.tell(routed(prefill=None), AttemptFailed(lost, D, others_go_on=True), routed())
         told.tell(Started(0, 0.0, 0, 0.0, 0.0), OutputToken(1, 5, "length", 0), routed(prefill=None))
@@ -122,7 +123,7 @@ def test_choices_that_go_on_apart_keep_the_request_s_stages_legal(told) -> None:
 
 def test_stages_are_observed_when_they_are_left(told) -> None:
     first = PrefillResult((OutputToken(0, 5),), cached_tokens=0, queue_ms=0.0, compute_ms=0.0)
-    with told.journal.keeping():
+    with told.record.keeping():
         told.tell(0.5, routed(), 1.0, first, OutputToken(0, 5), 0.25, Started(0, 0.0, 0, 0.0, 0.0), 2.0)
         told.tell(OutputToken(1, 5, "length"))
     seconds = {
@@ -152,7 +153,7 @@ def test_stages_are_observed_when_they_are_left(told) -> None:
 def test_every_request_ends_with_exactly_one_outcome(told, error, outcome) -> None:
     finished = PrefillResult((OutputToken(0, 5, "stop"),), 0, 0.0, 0.0)
     expected = pytest.raises(type(error)) if error is not None else nullcontext()
-    with expected, told.journal.keeping():
+    with expected, told.record.keeping():
         told.tell(routed(), finished, OutputToken(0, 5, "stop"))
         if error is not None:
             raise error

@@ -108,13 +108,13 @@ def test_timings_tell_what_was_fetched_and_how_long_it_took(alone: bool) -> None
     started = worker_pb2.DecodeStarted(fetched_tokens=400, fetch_ms=12.5) if alone else None
     reply = worker_pb2.PrefillReply(fetched_tokens=400, fetch_ms=12.5)
     first = event_from_wire(worker_pb2.DecodeEvent(started=started)) if started else prefill_from_wire(reply)
-    journal = Journal("completions", ManualClock(100.0), GatewayMetrics(), 99.5)
+    journal = Journal(ManualClock(100.0), GatewayMetrics(), 99.5)
     journal.record(first)
     assert (journal.timings.fetched_tokens, journal.timings.fetch) == (400, 12.5)
 
 
 def test_what_was_fetched_counts_as_cached_in_the_usage() -> None:
-    journal = Journal("completions", ManualClock(100.0), GatewayMetrics(), 99.5)
+    journal = Journal(ManualClock(100.0), GatewayMetrics(), 99.5)
     journal.admit(prompt_tokens=500, seed=1)
     journal.record(prefill_from_wire(worker_pb2.PrefillReply(cached_tokens=64, fetched_tokens=400)))
     assert journal.usage.prompt_tokens_details.cached_tokens == 464

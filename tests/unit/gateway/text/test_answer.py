@@ -74,7 +74,7 @@ async def test_the_workers_are_let_go_before_the_last_delta(tokenizer) -> None:
         finally:
             closed = True
 
-    journal = Journal("completions", ManualClock(), GatewayMetrics(), 0.0)
+    journal = Journal(ManualClock(), GatewayMetrics(), 0.0)
     text = AnswerText(Detokenizer(TokenBytes(tokenizer.backend)), StopMatcher(["STOP"]), 0)
     journal._timeline.stage = "decoding"  # where an answer's tokens arrive
     async with aclosing(answer(events(), [text], Choices(1), journal)) as deltas:
@@ -92,7 +92,7 @@ async def test_tokens_that_cross_the_end_of_their_choice_are_not_counted(tokeniz
             yield OutputToken(index, stop, None if index < 2 else "length", choice=0)
             yield OutputToken(index, other, None if index < 2 else "length", choice=1)
 
-    journal = Journal("completions", ManualClock(), GatewayMetrics(), 0.0)
+    journal = Journal(ManualClock(), GatewayMetrics(), 0.0)
     texts = [AnswerText(Detokenizer(TokenBytes(tokenizer.backend)), StopMatcher(["ST"]), 0) for _ in range(2)]
     async with aclosing(answer(events(), texts, choices := Choices(2), journal)) as deltas:
         finishes = [(delta.choice, delta.finish) async for delta in deltas if delta.finish]

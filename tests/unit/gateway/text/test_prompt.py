@@ -31,7 +31,7 @@ def completion(prompt, **fields) -> CompletionRequest:
 
 
 async def test_a_chat_goes_through_the_model_s_template(reader, tokenizer) -> None:
-    generation = await reader.read(chat({"role": "user", "content": "Hello"}), "r", 9.0)
+    generation = await reader.read_one(chat({"role": "user", "content": "Hello"}), "r", 9.0)
     text = tokenizer.decode(generation.prompt_ids, skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
     assert (generation.request_id, generation.deadline) == ("r", 9.0)
@@ -39,10 +39,10 @@ async def test_a_chat_goes_through_the_model_s_template(reader, tokenizer) -> No
 
 async def test_text_parts_are_joined_and_developers_are_systems(reader) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    split = await reader.read(
+    split = await reader.read_one(
         chat({"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}), "r", 0.0
     )
-    plain = await reader.read(
+    plain = await reader.read_one(
         chat({"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}), "r", 0.0
     )
     assert split.prompt_ids == plain.prompt_ids
@@ -51,14 +51,14 @@ async def test_text_parts_are_joined_and_developers_are_systems(reader) -> None:
 async def test_a_long_prompt_gives_the_same_tokens_as_the_tokenizer(reader, tokenizer) -> None:
     text = "a" * THREAD_CHARACTERS_MIN + " end"
     reader = PromptReader(reader.model, lambda: 10**6, 8, reader.rng)
-    generation = await reader.read(completion(text), "r", 0.0)
+    generation = await reader.read_one(completion(text), "r", 0.0)
     assert generation.prompt_ids == tokenizer.encode(text, add_special_tokens=True)
 
 
 @pytest.mark.parametrize("prompt", ["Hello", [5, 6]], ids=str)
 async def test_a_list_of_one_prompt_is_that_prompt(reader, prompt) -> None:
-    in_a_list = await reader.read(completion([prompt]), "r", 0.0)
-    assert in_a_list.prompt_ids == (await reader.read(completion(prompt), "r", 0.0)).prompt_ids
+    in_a_list = await reader.read_one(completion([prompt]), "r", 0.0)
+    assert in_a_list.prompt_ids == (await reader.read_one(completion(prompt), "r", 0.0)).prompt_ids
 
 
 LONG = "a" * THREAD_CHARACTERS_MIN
@@ -88,37 +88,37 @@ async def test_long_conversations_are_rendered_and_tokenised_beside_the_event_lo
     plain = served_model.tokenizer
     watched = Watched(plain.backend, plain.end_token_ids, ChatTemplate({}, {}))
     model = replace(served_model, tokenizer=watched)
-    await PromptReader(model, lambda: 10**6, 8, random.Random(5)).read(chat(*messages), "r", 0.0)
+    await PromptReader(model, lambda: 10**6, 8, random.Random(5)).read_one(chat(*messages), "r", 0.0)
     assert len(threads) == 2
     assert threading.current_thread() not in threads
 
 
 async def test_answers_may_fill_the_context_in_chats_and_sixteen_tokens_in_completions(reader) -> None:
-    chatting = await reader.read(chat({"role": "user", "content": "Hello"}), "r", 0.0)
+    chatting = await reader.read_one(chat({"role": "user", "content": "Hello"}), "r", 0.0)
     assert chatting.sampling.max_tokens == CONTEXT - len(chatting.prompt_ids)
-    assert (await reader.read(completion("Hello"), "r", 0.0)).sampling.max_tokens == 16
-    assert (await reader.read(completion([5] * (CONTEXT - 3)), "r", 0.0)).sampling.max_tokens == 3
+    assert (await reader.read_one(completion("Hello"), "r", 0.0)).sampling.max_tokens == 16
+    assert (await reader.read_one(completion([5] * (CONTEXT - 3)), "r", 0.0)).sampling.max_tokens == 3
 
 
 async def test_max_completion_tokens_wins_over_max_tokens(reader) -> None:
     request = chat({"role": "user", "content": "Hi"}, max_tokens=3, max_completion_tokens=4)
-    assert (await reader.read(request, "r", 0.0)).sampling.max_tokens == 4
+    assert (await reader.read_one(request, "r", 0.0)).sampling.max_tokens == 4
 
 
 @pytest.mark.parametrize(("prompt_tokens", "fits"), [(CONTEXT - 10, True), (CONTEXT - 9, False)])
 async def test_prompt_and_answer_fit_the_context_exactly(reader, prompt_tokens, fits) -> None:
     request = completion([5] * prompt_tokens, max_tokens=10)
     if fits:
-        assert (await reader.read(request, "r", 0.0)).sampling.max_tokens == 10
+        assert (await reader.read_one(request, "r", 0.0)).sampling.max_tokens == 10
         return
     with pytest.raises(BadRequest) as refused:
-        await reader.read(request, "r", 0.0)
+        await reader.read_one(request, "r", 0.0)
     assert (refused.value.param, refused.value.code) == ("max_tokens", "context_length_exceeded")
 
 
 @pytest.mark.parametrize("seed", [0, 5, -1, 2**63, -(2**100)])
 async def test_any_seed_fits_a_signed_64_bit_integer_and_stays_the_same(reader, seed) -> None:
-    seeds = {(await reader.read(completion("a", seed=seed), "r", 0.0)).sampling.seed for _ in range(2)}
+    seeds = {(await reader.read_one(completion("a", seed=seed), "r", 0.0)).sampling.seed for _ in range(2)}
     assert len(seeds) == 1
     assert 0 <= seeds.pop() < 2**63
 
@@ -126,7 +126,7 @@ async def test_any_seed_fits_a_signed_64_bit_integer_and_stays_the_same(reader, 
 async def test_seeds_are_drawn_when_none_is_given_and_follow_the_gateway_s(served_model) -> None:
     async def drawn() -> list[int]:
         reader = PromptReader(served_model, lambda: CONTEXT, 8, random.Random(11))
-        return [(await reader.read(completion("a"), "r", 0.0)).sampling.seed for _ in range(3)]
+        return [(await reader.read_one(completion("a"), "r", 0.0)).sampling.seed for _ in range(3)]
 
     first, second = await drawn(), await drawn()
     assert first == second
@@ -137,7 +137,7 @@ async def test_end_tokens_are_the_model_s_and_the_client_s(reader, tokenizer) ->
     ends = tokenizer.end_token_ids
 
     async def end_ids(**fields) -> set[int]:
-        return set((await reader.read(completion("a", **fields), "r", 0.0)).sampling.end_token_ids)
+        return set((await reader.read_one(completion("a", **fields), "r", 0.0)).sampling.end_token_ids)
 
     assert await end_ids() == ends
     assert await end_ids(stop_token_ids=[50, 60]) == ends | {50, 60}
@@ -154,17 +154,17 @@ async def test_parameters_arrive_and_defaults_are_openai_s(reader) -> None:
         "repetition_penalty": 1.5,
         "min_tokens": 3,
     }
-    sampling = (await reader.read(completion("a", **given, top_k=40), "r", 0.0)).sampling
+    sampling = (await reader.read_one(completion("a", **given, top_k=40), "r", 0.0)).sampling
     assert {name: getattr(sampling, name) for name in given} == given
     assert sampling.top_k == 40
-    default = (await reader.read(completion("a"), "r", 0.0)).sampling
+    default = (await reader.read_one(completion("a"), "r", 0.0)).sampling
     assert (default.temperature, default.top_p, default.top_k, default.min_p) == (1.0, 1.0, 0, 0.0)
-    assert (await reader.read(completion("a", top_k=-1), "r", 0.0)).sampling.top_k == 0
+    assert (await reader.read_one(completion("a", top_k=-1), "r", 0.0)).sampling.top_k == 0
 
 
 async def test_the_rest_of_the_request_arrives(reader) -> None:
     request = completion("a", stop=["x", "y"], cache_salt="mine", skip_special_tokens=False)
     tenant = Tenant.of("Bearer key")
-    generation = await reader.read(request, "r", 0.0, tenant)
+    generation = await reader.read_one(request, "r", 0.0, tenant)
     assert (generation.stop, generation.skip_special_tokens) == (("x", "y"), False)
     assert (generation.tenant, generation.salt) == (tenant.id, tenant.salt("mine", "key"))

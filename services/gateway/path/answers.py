@@ -1,0 +1,65 @@
+"""The answers to all prompts of one request, as one stream.
+
+Each prompt is a Generation of its own, with attempts, routes and retries of its own. To its client the
+request is one: the n choices of prompt i are choices i * n to i * n + n - 1, nothing is computed before all
+prompts are let in, and the failure of one ends all.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+
+from services.core.clock import Clock
+from services.core.stages import Stage
+from services.gateway.admission.admission import Admission
+from services.gateway.admission.place_queue import PlaceQueue
+from services.gateway.admission.ticket import Ticket
+from services.gateway.path.generation import Generation
+from services.gateway.path.journal import Journal
+from services.gateway.path.merge import merged
+from services.gateway.text.answer import TextDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One prompt's: what it waits with, and the deltas that come of it."""
+
+    generation: Generation
+    ticket: Ticket
+    journal: Journal
+    deltas: Callable[[], AsyncGenerator[TextDelta, None]]
+
+
+class Answers:
+    def __init__(self, parts: Sequence[Part], admission: Admission, queue: PlaceQueue, clock: Clock) -> None:
+        self._parts, self._admission, self._queue, self._clock = parts, admission, queue, clock
+
+    @asynccontextmanager
+    async def streaming(self) -> AsyncIterator[AsyncGenerator[TextDelta, None]]:
+        """Raises Overloaded before any work is done. The stream raises what the first to fail raised."""
+        try:
+            for part in self._parts:
+                await self._admission.admit(part.ticket)
+                part.journal.admit(len(part.generation.prompt_ids), part.generation.sampling.seed)
+            streams = [self._numbered(number) for number in range(len(self._parts))]
+            async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as deltas:
+                yield deltas
+        finally:
+            for part in self._parts:
+                self._queue.leave(part.ticket)
+
+    async def _numbered(self, number: int) -> AsyncGenerator[TextDelta, None]:
+        """The deltas of one prompt, with the numbers that choices have in the request."""
+        part = self._parts[number]
+        first_choice = sum(earlier.generation.choices for earlier in self._parts[:number])
+        async with aclosing(part.deltas()) as deltas:
+            async for delta in deltas:
+                yield replace(delta, choice=first_choice + delta.choice) if first_choice else delta
+        part.journal.end(Stage.FINISHED)
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        """The request goes on, so those of its prompts that wait have not waited in vain."""
+        for part in self._parts:
+            if part.ticket.waiting:
+                part.ticket.since = self._clock.now()
