@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels clean
+	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-gateway clean
 
 # Everything for development. The stamp makes it run once per change of its inputs.
 setup: $(VENV)/.setup
@@ -92,6 +92,11 @@ bench-overload: setup
 # Look-ups in the prefix index with a million blocks in it, beside PING and the layout before (QUICK=1).
 bench-index: setup
 	@$(PY) -m tests.bench.index $(if $(QUICK),--quick)
+
+# What one gateway process can do, and what it adds to every token: real gateway and gRPC, workers without a
+# model (QUICK=1; ARGS="--only stream --concurrency 64 --workers 2+2 --watch").
+bench-gateway: setup
+	@$(PY) -m tests.bench.gateway $(if $(QUICK),--quick) $(ARGS)
 
 # The C++ kernels with 8-bit weights beside torch in float32: rates, steps and quality
 # (PART=linear|attention|sampling|steps|quality, THREADS=1).
