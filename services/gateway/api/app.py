@@ -12,6 +12,7 @@ from services.core.errors import UnknownModel
 from services.gateway.api.edge import Edge
 from services.gateway.api.exchange import Exchange
 from services.gateway.api.http_errors import install_error_handlers
+from services.gateway.api.reply import ChoicesReply
 from services.gateway.api.responses import (
     ChatCompletion,
     Completion,
@@ -20,9 +21,15 @@ from services.gateway.api.responses import (
     ModelList,
     RouteAnswer,
 )
-from services.gateway.api.schema import AnyRequest, ChatCompletionRequest, CompletionRequest
+from services.gateway.api.schema import (
+    AnyRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from services.gateway.door.tenant import Tenant
 from services.gateway.gateway import Gateway
+from services.gateway.path.record import Record
 
 ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
 # "default" also keeps FastAPI from documenting its own error body, which nobody ever gets.
@@ -53,12 +60,21 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS, dependencies=[_KEY])
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """With `stream`, server-sent events of chat.completion.chunk objects."""
-        return Exchange(gateway, "chat_completions", body, http)
+        return _choices(gateway, "chat_completions", body, http)
 
     @app.post("/v1/completions", response_model=Completion, responses=_ERRORS, dependencies=[_KEY])
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """With `stream`, server-sent events of text_completion objects."""
-        return Exchange(gateway, "completions", body, http)
+        return _choices(gateway, "completions", body, http)
+
+
+def _choices(gateway: Gateway, endpoint: str, body: GenerationRequest, http: Request) -> Exchange:
+    record = _record(gateway, endpoint, http, keeps_routes=body.explain is True)
+    return Exchange(gateway, ChoicesReply(body, gateway.prompts, record, http.state.request_id), http)
+
+
+def _record(gateway: Gateway, endpoint: str, http: Request, *, keeps_routes: bool = False) -> Record:
+    return Record(endpoint, gateway.clock, gateway.metrics, http.state.received_at, keeps_routes=keeps_routes)
 
 
 def _add_explanation(app: FastAPI, gateway: Gateway) -> None:

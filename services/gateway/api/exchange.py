@@ -6,7 +6,6 @@ answer is streamed or not.
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
@@ -15,18 +14,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from router.state import Route
 from services.core.child_tasks import ChildTasks
 from services.core.errors import DeadlineExceeded, DiptychError, NoWorker
-from services.gateway.api.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
 from services.gateway.api.http_errors import diptych_error_response, error_body, internal_error_body
-from services.gateway.api.responses import Timings
-from services.gateway.api.schema import ChatCompletionRequest, GenerationRequest
+from services.gateway.api.reply import Reply
+from services.gateway.api.responses import ErrorBody
 from services.gateway.api.sse import EventStream
 from services.gateway.door.tenant import Tenant
 from services.gateway.gateway import Gateway
-from services.gateway.path.record import Record
-from services.gateway.text.answer import TextDelta, joined
+from services.gateway.text.answer import TextDelta
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +30,13 @@ SEND_GRACE_S = 2.0  # for bytes that are on their way when an answer's time is o
 
 
 class Exchange(Response):
-    def __init__(self, gateway: Gateway, endpoint: str, body: GenerationRequest, http: Request) -> None:
+    def __init__(self, gateway: Gateway, reply: Reply, http: Request) -> None:
         super().__init__()
-        self._gateway, self._body = gateway, body
+        self._gateway, self._reply = gateway, reply
         # Ours, not the client's: two requests with one X-Request-Id must not meet on a worker.
         self._request_id: str = http.state.request_id
         self._client_request_id: str = http.state.client_request_id
         self._tenant = Tenant.of(http.headers.get("authorization"))
-        self._record = Record(
-            endpoint,
-            gateway.clock,
-            gateway.metrics,
-            http.state.received_at,
-            keeps_routes=body.explain is True,
-        )
-        form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
-        self._format: AnswerFormat = form(self._request_id, gateway.model.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises a DiptychError only while no byte of the answer is sent."""
@@ -58,22 +45,22 @@ class Exchange(Response):
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = EventStream(send)
         try:
-            with self._record.keeping(), self._gateway.admission.slot():
+            with self._reply.record.keeping(), self._gateway.admission.slot():
                 async with self._in_time(), aclosing(self._deltas()) as deltas:
-                    if self._body.stream:
-                        await self._stream(deltas, stream)
+                    if self._reply.streamed:
+                        await self._reply.stream(deltas, stream)
                     else:
-                        content = await self._whole(deltas)
+                        content = await self._reply.whole(deltas)
                         await Response(content, media_type="application/json")(scope, receive, send)
         except DiptychError as error:
             if not stream.started:
                 raise
-            await self._end_with(stream, error_body(error).model_dump_json())
+            await self._end_with(stream, error_body(error))
         except asyncio.CancelledError:
             if self._gateway.draining:  # the grace period is over; the client must not wonder
                 ended = NoWorker("The server is shutting down. Try again in a moment.")
                 if stream.started:
-                    await self._end_with(stream, error_body(ended).model_dump_json())
+                    await self._end_with(stream, error_body(ended))
                 else:
                     await diptych_error_response(ended)(scope, receive, send)
             raise
@@ -81,7 +68,7 @@ class Exchange(Response):
             if not stream.started:
                 raise
             logger.exception("the request failed", extra={"request_id": self._request_id})
-            await self._end_with(stream, internal_error_body().model_dump_json())
+            await self._end_with(stream, internal_error_body())
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -94,56 +81,19 @@ class Exchange(Response):
 
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
-        generation = await self._gateway.prompts.read(self._body, self._request_id, deadline, self._tenant)
-        async with self._gateway.answering(generation, self._record) as deltas:
+        generations = await self._reply.read(self._request_id, deadline, self._tenant)
+        async with self._gateway.answering(generations, self._reply.record) as deltas:
             context = {"request_id": self._request_id}
             logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
             async for delta in deltas:
                 yield delta
 
-    async def _whole(self, deltas: AsyncGenerator[TextDelta, None]) -> str:
-        collected: defaultdict[int, list[TextDelta]] = defaultdict(list)
-        async for delta in deltas:
-            collected[delta.choice].append(delta)
-        answers = [joined(collected[choice]) for choice in sorted(collected)]
-        body = self._format.whole(answers, self._record.usage)
-        return as_json(body, self._if_wanted(*answers), self._timings, self._routes)
-
-    async def _stream(self, deltas: AsyncGenerator[TextDelta, None], stream: EventStream) -> None:
-        opened: set[int] = set()
-        unfinished = self._body.answers
-        async for delta in deltas:
-            if delta.choice not in opened:
-                opened.add(delta.choice)
-                if opening := self._format.opening(delta.choice):
-                    await stream.event(as_json(opening))
-            unfinished -= delta.finish is not None
-            last = not unfinished and not self._body.include_usage
-            extras = (self._timings, self._routes) if last else (None, None)
-            await stream.event(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
-        if self._body.include_usage:
-            usage = self._format.usage_chunk(self._record.usage)
-            await stream.event(as_json(usage, None, self._timings, self._routes))
-        await stream.done()
-
-    def _if_wanted(self, *deltas: TextDelta) -> list[tuple[int, ...]] | None:
-        """The token ids of each choice of a body."""
-        return [delta.token_ids for delta in deltas] if self._body.return_token_ids else None
-
-    async def _end_with(self, stream: EventStream, error: str) -> None:
-        """An error after the first byte: the status is gone, so it is an event, and no [DONE] follows."""
+    async def _end_with(self, stream: EventStream, error: ErrorBody) -> None:
+        """An error after the first byte: the status is gone, so it is an event."""
         with suppress(TimeoutError):
             async with asyncio.timeout(SEND_GRACE_S):
-                await stream.event(error)
+                await self._reply.break_off(error, stream)
                 await stream.end()
-
-    @property
-    def _timings(self) -> Timings | list[Timings] | None:
-        return self._record.timings if self._body.timings else None
-
-    @property
-    def _routes(self) -> list[Route] | None:
-        return self._record.routes if self._body.explain else None
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

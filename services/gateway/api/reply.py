@@ -1,0 +1,97 @@
+"""What an exchange answers with: how a request becomes prompts, and its deltas a body or a stream."""
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from router.state import Route
+from services.gateway.api.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
+from services.gateway.api.responses import ErrorBody, Timings
+from services.gateway.api.schema import ChatCompletionRequest, GenerationRequest
+from services.gateway.api.sse import EventStream
+from services.gateway.door.tenant import Tenant
+from services.gateway.path.generation import Generation
+from services.gateway.path.record import Record
+from services.gateway.text.answer import TextDelta, joined
+from services.gateway.text.prompt import PromptReader
+
+Deltas = AsyncGenerator[TextDelta, None]
+
+
+class Reply(Protocol):
+    """One request's. `record` fills while the deltas come."""
+
+    record: Record
+    streamed: bool
+
+    async def read(self, request_id: str, deadline: float, tenant: Tenant) -> list[Generation]:
+        """Raises BadRequest, or what else is wrong before any work is done."""
+        ...
+
+    async def whole(self, deltas: Deltas) -> str:
+        """The body, as JSON."""
+        ...
+
+    async def stream(self, deltas: Deltas, events: EventStream) -> None:
+        """All of the stream, up to the event that tells clients that the answer is whole."""
+        ...
+
+    async def break_off(self, error: ErrorBody, events: EventStream) -> None:
+        """The last event of a stream that fails."""
+        ...
+
+
+class ChoicesReply:
+    """In the formats that have choices: chat and completions."""
+
+    def __init__(
+        self, body: GenerationRequest, prompts: PromptReader, record: Record, request_id: str
+    ) -> None:
+        self._body, self._prompts, self.record = body, prompts, record
+        self.streamed = body.stream is True
+        form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
+        self._format: AnswerFormat = form(request_id, prompts.model.name)
+
+    async def read(self, request_id: str, deadline: float, tenant: Tenant) -> list[Generation]:
+        return await self._prompts.read(self._body, request_id, deadline, tenant)
+
+    async def whole(self, deltas: Deltas) -> str:
+        collected: defaultdict[int, list[TextDelta]] = defaultdict(list)
+        async for delta in deltas:
+            collected[delta.choice].append(delta)
+        answers = [joined(collected[choice]) for choice in sorted(collected)]
+        body = self._format.whole(answers, self.record.usage)
+        return as_json(body, self._if_wanted(*answers), self._timings, self._routes)
+
+    async def stream(self, deltas: Deltas, events: EventStream) -> None:
+        opened: set[int] = set()
+        unfinished = self._body.answers
+        async for delta in deltas:
+            if delta.choice not in opened:
+                opened.add(delta.choice)
+                if opening := self._format.opening(delta.choice):
+                    await events.event(as_json(opening))
+            unfinished -= delta.finish is not None
+            last = not unfinished and not self._body.include_usage
+            extras = (self._timings, self._routes) if last else (None, None)
+            await events.event(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
+        if self._body.include_usage:
+            usage = self._format.usage_chunk(self.record.usage)
+            await events.event(as_json(usage, None, self._timings, self._routes))
+        await events.done()
+
+    async def break_off(self, error: ErrorBody, events: EventStream) -> None:
+        """No [DONE] follows."""
+        await events.event(error.model_dump_json())
+
+    def _if_wanted(self, *deltas: TextDelta) -> list[tuple[int, ...]] | None:
+        """The token ids of each choice of a body."""
+        return [delta.token_ids for delta in deltas] if self._body.return_token_ids else None
+
+    @property
+    def _timings(self) -> Timings | list[Timings] | None:
+        return self.record.timings if self._body.timings else None
+
+    @property
+    def _routes(self) -> list[Route] | None:
+        return self.record.routes if self._body.explain else None
