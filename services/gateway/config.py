@@ -110,6 +110,10 @@ class GatewayConfig:
         metadata={"help": "answers in one request: its prompts times n", "range": (1, 2048)},
     )
     body_bytes_max: int = field(default=8 << 20, metadata={"help": "larger request bodies get 413"})
+    strict: bool = field(
+        default=False,
+        metadata={"help": "requests with fields that nobody knows get 400; else they are ignored"},
+    )
     membership_poll_s: float = field(
         default=0.1, metadata={"help": "how often to read which workers there are"}
     )

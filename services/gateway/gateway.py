@@ -59,6 +59,7 @@ class Gateway:
             self._rng,
             config.cache_sharing,
             config.answers_max,
+            config.strict,
         )
         options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
         places = Places(self.view, options, _place_limits(config), clock, self._rng)

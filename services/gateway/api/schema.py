@@ -1,20 +1,13 @@
 """What clients send: OpenAI's two generation requests, checked as far as that needs no model.
 
-A parameter that would change the answer and is not built is refused by name, so nobody gets an answer
-to another question than was asked. Other fields we do not know are ignored, with one log line each.
-
 Bodies are checked on the event loop, so a list is checked only up to its first bad element: an error
 for each of 300,000 bad token ids would stop every stream for seconds.
 """
 
-import logging
-import reprlib
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -23,8 +16,7 @@ from pydantic import (
 
 from services.core.errors import BadRequest
 from services.gateway.admission.fair_queue import Priority
-
-logger = logging.getLogger(__name__)
+from services.gateway.api.fields import Body
 
 # Parameters that would change the answer, with the values of theirs that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -62,12 +54,9 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "documents": ([],),
     "prompt_embeds": (),
 }
-# Known to change nothing that we promise.
 _HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
 _TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
 PROMPTS_MAX = 2048  # in one request, whatever the gateway's settings: bounds what checking them takes
-_UNKNOWN_NAMES_MAX = 1000  # bounds the memory of who has been warned about
-_warned: set[str] = set()
 
 
 def _unicode(text: str) -> str:
@@ -101,17 +90,15 @@ Prompt = Annotated[_TextPrompt | _IdsPrompt | _Prompts, Discriminator(_kind_of_p
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
+class TextPart(Body):
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
-    """Further fields (name, tool_call_id, tool_calls) go to the chat template as they are."""
+class ChatMessage(Body):
+    """Further fields go to the chat template as they are."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    HARMLESS = {"name", "tool_call_id", "tool_calls", "refusal", "audio", "annotations", "function_call"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -135,16 +122,14 @@ class ChatMessage(BaseModel):
         return {**(self.model_extra or {}), "role": role, "content": content}
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
-    """What both requests share. Null means the default, as many clients send it."""
+class GenerationRequest(Body):
+    """What both requests share."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    REFUSED, HARMLESS = UNSUPPORTED, _HARMLESS
 
     model: str
     n: Annotated[int, Field(ge=1)] | None = Field(None, description="answers to the prompt; default 1")
@@ -212,22 +197,20 @@ class GenerationRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check_supported(self) -> None:
-        """Raise BadRequest for parameters that contradict each other or that are not built."""
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value is not None and not _asks_for_nothing(name, value):
-                raise BadRequest(
-                    f"'{name}' is not supported by this server (got {reprlib.repr(value)}).", name
-                )
-            if name not in UNSUPPORTED and name not in _HARMLESS:
-                _warn_once(name)
+        """Raise BadRequest for parameters that contradict each other."""
         if self.choices > 1 and (self.model_extra or {}).get("best_of") is not None:
             raise BadRequest("'best_of' must not be below 'n'; leave it out.", "best_of")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("'stream_options' is only allowed when 'stream' is true.", "stream_options")
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatPrompt(Body):
+    """What the prompt of a chat is made of."""
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
+class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="default: the rest of the context; wins over max_tokens"
     )
@@ -273,14 +256,3 @@ AnyRequest = Annotated[
     Annotated[ChatCompletionRequest, Tag(CHAT)] | Annotated[CompletionRequest, Tag(COMPLETION)],
     Discriminator(_kind),
 ]
-
-
-def _asks_for_nothing(name: str, value: object) -> bool:
-    # 0 == False in Python, but `logprobs: 0` asks for something.
-    return any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[name])
-
-
-def _warn_once(name: str) -> None:
-    if name not in _warned and len(_warned) < _UNKNOWN_NAMES_MAX:
-        _warned.add(name)
-        logger.warning("ignoring the unknown request field %.100r", name)

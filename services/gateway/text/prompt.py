@@ -11,9 +11,11 @@ import msgspec
 
 from services.core.errors import BadRequest, UnknownModel
 from services.core.sampling import SamplingParams
+from services.gateway.api.fields import check_fields
 from services.gateway.api.schema import (
     ChatCompletionRequest,
     ChatMessage,
+    ChatPrompt,
     CompletionRequest,
     GenerationRequest,
 )
@@ -41,6 +43,7 @@ class PromptReader:
     rng: random.Random  # draws the seeds that clients leave out
     cache_sharing: CacheSharing = "key"
     answers_max: int = 256
+    strict: bool = False  # unknown fields are refused
 
     async def read_one(
         self, request: GenerationRequest, request_id: str, deadline: float, tenant: Tenant = ANYBODY
@@ -54,10 +57,8 @@ class PromptReader:
         self, request: GenerationRequest, request_id: str, deadline: float, tenant: Tenant = ANYBODY
     ) -> list[Generation]:
         """One for each prompt. Raises BadRequest, naming the parameter, for whatever is wrong with it."""
-        if request.model != self.model.name:
-            raise UnknownModel(
-                f"The model '{request.model}' does not exist. This server has '{self.model.name}'.", "model"
-            )
+        self.check_model(request.model)
+        check_fields(request, strict=self.strict)
         request.check_supported()
         self._check_answers(request)
         prompts = await self._prompts(request)
@@ -87,21 +88,38 @@ class PromptReader:
         sampling = msgspec.structs.replace(whole.sampling, max_tokens=max_tokens, seed=seed)
         return replace(whole, request_id=own_id, prompt_ids=prompt, sampling=sampling)
 
+    def check_model(self, name: str | None) -> None:
+        """Raises UnknownModel."""
+        if name is not None and name != self.model.name:
+            raise UnknownModel(
+                f"The model '{name}' does not exist. This server has '{self.model.name}'.", "model"
+            )
+
     async def _prompts(self, request: GenerationRequest) -> list[list[int]]:
         """The tokens of each prompt, none of them empty."""
         match request:
             case CompletionRequest():
                 prompts = await self._of_completion(request)
-            case ChatCompletionRequest(messages=messages):
-                prompts = await self._tokenized(
-                    _characters(messages), lambda: [self._rendered(messages)], add_special_tokens=False
-                )
+            case ChatCompletionRequest():
+                prompts = [await self.of_chat(request, add_special_tokens=False)]
             case _:
                 raise AssertionError(f"no prompt in a {type(request).__name__}")
         if [] in prompts:
             param = _prompt_param(request, prompts.index([]))
             raise BadRequest("The prompt is empty. Give at least one token.", param)
         return prompts
+
+    async def of_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return (await self._tokenized(len(text), lambda: [text], add_special_tokens=add_special_tokens))[0]
+
+    async def of_chat(self, chat: ChatPrompt, *, add_special_tokens: bool) -> list[int]:
+        """Raises BadRequest if the chat template refuses the messages."""
+        characters, messages = _characters(chat.messages), chat.messages
+        return (
+            await self._tokenized(
+                characters, lambda: [self._rendered(messages)], add_special_tokens=add_special_tokens
+            )
+        )[0]
 
     async def _of_completion(self, request: CompletionRequest) -> list[list[int]]:
         texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
