@@ -196,6 +196,7 @@ class Int8Decoder:
         self._kernels = kernels
         self._kept = (model, pool)  # C++ has pointers into them
         self._vocab = model.unembedding.outputs
+        self._tokens = 0  # of the last batch
         self._decoder = kernels.library.diptych_decoder_create(
             byref(_model_struct(model, pool)), kernels.team
         )
@@ -225,7 +226,19 @@ class Int8Decoder:
             logits.data_ptr(),
         )
         self._kernels.library.diptych_decoder_run(self._decoder, byref(batch))
+        self._tokens = len(ids)
         del tables
+        return logits
+
+    def logits_at(self, tokens: Sequence[int]) -> Tensor:
+        """After any of the tokens of the last `logits`: float32 [tokens, vocab]."""
+        places = np.array(tokens, dtype=np.int32)
+        assert ((places >= 0) & (places < self._tokens)).all(), "they are of the last batch"
+        assert len(places) <= self._tokens, "there is room for as many rows as the batch had"
+        logits = torch.empty((len(places), self._vocab))
+        self._kernels.library.diptych_decoder_unembed(
+            self._decoder, places.ctypes.data, len(places), logits.data_ptr()
+        )
         return logits
 
 

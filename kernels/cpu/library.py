@@ -105,6 +105,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "diptych_decoder_create": (c_void_p, [POINTER(ModelStruct), c_void_p]),
     "diptych_decoder_destroy": (None, [c_void_p]),
     "diptych_decoder_run": (None, [c_void_p, POINTER(BatchStruct)]),
+    "diptych_decoder_unembed": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
 }
 
 

@@ -4,7 +4,8 @@ They come before penalties, bias, masks and temperature, so they tell of the mod
 Numbers are float32, little-endian where they are bytes.
 """
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -33,6 +34,18 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
     top_ids: bytes = b""  # int32 [tokens, top]
     top_logprobs: bytes = b""  # float32 [tokens, top]
 
+    @classmethod
+    def of(cls, first: int, top: int, tokens: Sequence[TokenLogprobs]) -> "PromptLogprobs":
+        """Each of `tokens` has `top` most probable ones."""
+        return cls(
+            first,
+            top,
+            _column("f", (token.logprob for token in tokens)),
+            _column("i", (token.rank for token in tokens)),
+            _column("i", (token_id for token in tokens for token_id in token.top_ids)),
+            _column("f", (value for token in tokens for value in token.top_logprobs)),
+        )
+
     def __len__(self) -> int:
         return len(self.logprobs) // 4
 
@@ -48,3 +61,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
         for place, (logprob, rank) in enumerate(pairs):
             best = slice(place * self.top, (place + 1) * self.top)
             yield TokenLogprobs(logprob, rank, tuple(ids[best]), tuple(values[best]))
+
+
+def _column(kind: str, values: Iterable[float]) -> bytes:
+    return array(kind, values).tobytes()

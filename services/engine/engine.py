@@ -31,12 +31,13 @@ from services.engine.messages import (
     Refused,
     Report,
     Revoked,
+    Scored,
     Start,
     Step,
     Submit,
     Token,
 )
-from services.engine.runner import ModelRunner, Row
+from services.engine.runner import ModelRunner, Outcome, Row
 from services.engine.scheduler import Chunk, Scheduler
 from services.engine.sequence import Sequence, State
 from services.engine.step_times import StepTimes
@@ -83,7 +84,7 @@ class Engine:
     @property
     def has_report(self) -> bool:
         return bool(
-            self._admitted or self._refused or self._advanced or self._tokens
+            self._admitted or self._refused or self._advanced or self._scored or self._tokens
             or self._revoked or self._dropped or self._step or self._pinged or self._silence_s
         )  # fmt: skip
 
@@ -120,10 +121,10 @@ class Engine:
         work = _work(chunks)
         self._announce_if_long(work)
         started_s = self._clock.now()
-        sampled = self._runner.run([_row(chunk) for chunk in chunks])
+        outcomes = self._runner.run([_row(chunk) for chunk in chunks])
         self._measure(work, self._clock.now() - started_s)
-        for chunk, tokens in zip(chunks, sampled, strict=True):
-            self._commit(chunk, tokens)
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
+            self._commit(chunk, outcome)
         return True
 
     def take_report(self) -> Report:
@@ -133,6 +134,7 @@ class Engine:
             admitted=self._admitted,
             refused=self._refused,
             advanced=self._advanced,
+            scored=self._scored,
             tokens=self._tokens,
             revoked=self._revoked,
             dropped=self._dropped,
@@ -233,25 +235,28 @@ class Engine:
 
     # Results of a step
 
-    def _commit(self, chunk: Chunk, tokens: list[int]) -> None:
+    def _commit(self, chunk: Chunk, outcome: Outcome) -> None:
         sequence = chunk.sequence
         sequence.computed += chunk.tokens
         sequence.seal(self._pool, sequence.computed)
         self._report_advance(sequence)
-        if tokens:
-            self._sampled(sequence, tokens)
+        if outcome.scored is not None:
+            self._scored.append(Scored(sequence.seq_id, outcome.scored))
+            sequence.scored(sequence.computed)
+        if outcome.tokens:
+            self._sampled(sequence, outcome)
 
     def _report_advance(self, sequence: Sequence) -> None:
         if sequence.kind == "prefill":
             self._advanced.append(Advanced(sequence.seq_id, sequence.computed, list(sequence.blocks)))
 
-    def _sampled(self, sequence: Sequence, tokens: list[int]) -> None:
+    def _sampled(self, sequence: Sequence, outcome: Outcome) -> None:
         """Report a token of each choice; those that it does not end go on."""
         index = len(sequence.output_ids)
         going_on: dict[int, int] = {}
-        for choice, token in zip(sequence.choices, tokens, strict=True):
+        for choice, token, logprobs in zip(sequence.choices, outcome.tokens, outcome.logprobs, strict=True):
             finish = sequence.params.finish(token, index + 1)
-            self._tokens.append(Token(sequence.seq_id, index, token, finish, choice))
+            self._tokens.append(Token(sequence.seq_id, index, token, finish, choice, logprobs))
             if not finish:
                 going_on[choice] = token
         if sequence.kind == "prefill":
@@ -330,6 +335,7 @@ class Engine:
         self._admitted: list[Admitted] = []
         self._refused: list[Refused] = []
         self._advanced: list[Advanced] = []
+        self._scored: list[Scored] = []
         self._tokens: list[Token] = []
         self._revoked: list[Revoked] = []
         self._dropped: list[str] = []
@@ -370,4 +376,5 @@ def _row(chunk: Chunk) -> Row:
     sequence = chunk.sequence
     end = sequence.computed + chunk.tokens
     samples = sequence.samples if end == sequence.known else []
-    return Row(sequence.tokens[sequence.computed : end], sequence.computed, sequence.blocks, samples)
+    tokens = sequence.tokens[sequence.computed : end]
+    return Row(tokens, sequence.computed, sequence.blocks, samples, sequence.targets(end))

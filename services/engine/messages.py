@@ -3,8 +3,8 @@
 The I/O process sends commands; the engine answers each turn with one Report. A sequence moves
 through the engine like this, by the kind it was submitted as:
 
-    local     Submit ── Admitted ── Token+ (the last one has a finish) ── gone
-    prefill   Submit ── Admitted ── Advanced* ── Token  ── its blocks stay until Drop
+    local     Submit ── Admitted ── Scored* ── Token+ (the last one has a finish) ── gone
+    prefill   Submit ── Admitted ── (Advanced | Scored)* ── Token  ── its blocks stay until Drop
     receive   Submit ── Admitted ── Landed* ── Start(first tokens) ── Token+ ── gone
 
     Lend ── Admitted (the cached leading blocks of a chain) ── they stay until Drop

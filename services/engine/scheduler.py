@@ -56,7 +56,7 @@ class Scheduler:
     def wait(self, sequence: Sequence) -> None:
         """Let a new sequence wait its turn."""
         size = self._pool.block_size
-        reusable = sequence.hashes(size)[: (sequence.known - 1) // size]
+        reusable = sequence.hashes(size)[: sequence.reusable_tokens // size]
         sequence.cached_tokens = len(self._pool.match(reusable)) * size
         self.waiting.append(sequence)
 
@@ -120,8 +120,7 @@ class Scheduler:
     def _computing(self, model: StepModel | None) -> Iterator[Sequence]:
         """Sequences with uncomputed tokens, oldest first, then waiting ones, admitted when asked for."""
         yield from [s for s in self.admitted if s.state is State.RUNNING and not s.decoding]
-        # A sequence that computes here must compute at least its last token, to get logits.
-        while (sequence := self._next_waiting(model)) and self._admit(sequence, sequence.known - 1):
+        while (sequence := self._next_waiting(model)) and self._admit(sequence, sequence.reusable_tokens):
             self.waiting.remove(sequence)
             self.newly_running.append(sequence)
             if self._begins_fetch(sequence):
@@ -147,7 +146,7 @@ class Scheduler:
         if not coming:
             return False
         size = self._pool.block_size
-        chain = sequence.hashes(size)[: (sequence.known - 1) // size]
+        chain = sequence.hashes(size)[: sequence.reusable_tokens // size]
         lacking = len(self._pool.match(chain))
         for other in coming:
             fetched = other.state is State.FETCHING

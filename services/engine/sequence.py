@@ -22,7 +22,7 @@ from services.core.block_hash import block_hash
 from services.core.sampling import SamplingParams
 from services.engine.block_pool import BlockPool
 from services.engine.messages import Kind, Submit
-from services.engine.runner import Sample
+from services.engine.runner import Sample, Targets
 
 
 class State(Enum):
@@ -50,7 +50,13 @@ class Sequence:
         self.arrived_s = arrived_s
         self.state = State.WAITING
         self.computed = 0
-        self.fetch_tokens = submit.fetch_tokens  # what another worker has, until that is fetched or cached
+        # The logprobs of the prompt's tokens after so many are still to be reported: their KV is computed
+        # here, whoever has it.
+        self.unscored_from: int | None = None
+        if submit.sampling.prompt_logprobs is not None and submit.kind != "receive":
+            self.scored(0)
+        # What another worker has, until that is fetched or cached.
+        self.fetch_tokens = 0 if self.unscored_from is not None else submit.fetch_tokens
         self.cached_tokens = 0  # while it waits: what the cache had of it when it began to
         self.blocks: list[int] = []
         self.reported = False  # its admission was reported
@@ -86,6 +92,25 @@ class Sequence:
     def preemptible(self) -> bool:
         """Nobody outside the engine reads or writes its blocks."""
         return self.state is State.RUNNING and self.kind != "prefill"
+
+    @property
+    def reusable_tokens(self) -> int:
+        """Leading tokens that need not be computed if their KV is there. At least the last one must be,
+        to get logits."""
+        most = len(self.tokens) - 1
+        return most if self.unscored_from is None else min(self.unscored_from, most)
+
+    def targets(self, end: int) -> Targets | None:
+        """The prompt's tokens whose logprobs come of computing up to `end` and are still to be reported."""
+        if self.unscored_from is None or self.params.prompt_logprobs is None:
+            return None
+        first = max(self.computed, self.unscored_from) + 1
+        ids = self.prompt_ids[first : end + 1]
+        return Targets(first, ids, self.params.prompt_logprobs) if ids else None
+
+    def scored(self, computed: int) -> None:
+        """The logprobs of the prompt's tokens that follow the first `computed` ones are reported."""
+        self.unscored_from = computed if computed + 1 < len(self.prompt_ids) else None
 
     def hashes(self, block_size: int) -> list[bytes]:
         """The chain over all full blocks of the known tokens."""

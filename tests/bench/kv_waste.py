@@ -27,7 +27,7 @@ from services.core.clock import ManualClock
 from services.core.sampling import SamplingParams
 from services.engine.engine import Engine
 from services.engine.messages import Limits, Submit
-from services.engine.runner import Row
+from services.engine.runner import Outcome, Row
 from services.worker.config import WorkerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,11 +62,11 @@ class ModelledRunner:
     def __init__(self, clock: ManualClock, model: StepModel) -> None:
         self._clock, self._model = clock, model
 
-    def run(self, rows: Sequence[Row]) -> list[list[int]]:
+    def run(self, rows: Sequence[Row]) -> list[Outcome]:
         prefill_tokens = sum(len(row.tokens) for row in rows if not _decodes(row))
         step_ms = self._model.decode_ms + self._model.prefill_ms_per_token * prefill_tokens
         self._clock.advance(step_ms / 1e3)
-        return [[CONSTANT_TOKEN for _ in row.samples] for row in rows]
+        return [Outcome([CONSTANT_TOKEN] * len(row.samples), [None] * len(row.samples)) for row in rows]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         pass

@@ -11,7 +11,7 @@ from services.core.clock import Clock
 from services.engine.engine import Engine
 from services.engine.handle import EngineHandle
 from services.engine.messages import Command, EngineSetup, Report
-from services.engine.runner import ArithmeticRunner, Row
+from services.engine.runner import ArithmeticRunner, Outcome, Row
 from tests.sim.loop import Process
 
 VOCAB = 512
@@ -61,7 +61,7 @@ class TimedRunner(ArithmeticRunner):
         super().__init__(setup.geometry, pool, VOCAB)
         self._clock, self._pace = clock, pace
 
-    def run(self, rows: Sequence[Row]) -> list[list[int]]:
+    def run(self, rows: Sequence[Row]) -> list[Outcome]:
         self._clock.ahead_s = self._pace.step_s(rows)
         return super().run(rows)
 

@@ -94,6 +94,11 @@ class Decoder {
         team_.run([&](int thread) { compute(batch, *scratch_[thread]); });
     }
 
+    // What the last layer left of the last run's tokens stays until the next one.
+    void unembed_again(const int32_t* tokens, int32_t count, float* logits) {
+        team_.run([&](int) { unembed(tokens, count, logits); });
+    }
+
    private:
     // In every thread of the team. Each `share` is a phase that all finish before the next begins.
     void compute(const Batch& batch, AttentionScratch& scratch) {
@@ -104,7 +109,7 @@ class Decoder {
             add_attention(batch.tokens, layer);
             feed_forward(batch.tokens, layer);
         }
-        unembed(batch);
+        unembed(batch.last_tokens, batch.sampled, batch.logits);
     }
 
     void embed(const Batch& batch, int token) {
@@ -167,15 +172,15 @@ class Decoder {
         add(tokens, layer.down);
     }
 
-    void unembed(const Batch& batch) {
-        team_.share(batch.sampled, [&](int row) {
+    void unembed(const int32_t* tokens, int32_t count, float* logits) {
+        team_.share(count, [&](int row) {
             float* normal = normal_.data() + size_t(row) * hidden_width();
-            rms_norm(hidden(batch.last_tokens[row]), m_.final_norm, m_.hidden, m_.rms_norm_eps, normal);
+            rms_norm(hidden(tokens[row]), m_.final_norm, m_.hidden, m_.rms_norm_eps, normal);
             quantize_row(normal, rows_of(m_.hidden), row);
         });
-        multiply_all(team_, m_.unembedding, rows_of(m_.hidden), batch.sampled, [&](int row, int block, const float* y) {
-            const int first = block * COLUMNS, count = std::min(COLUMNS, m_.vocab - first);
-            memcpy(batch.logits + size_t(row) * m_.vocab + first, y, sizeof(float) * count);
+        multiply_all(team_, m_.unembedding, rows_of(m_.hidden), count, [&](int row, int block, const float* y) {
+            const int first = block * COLUMNS, columns = std::min(COLUMNS, m_.vocab - first);
+            memcpy(logits + size_t(row) * m_.vocab + first, y, sizeof(float) * columns);
         });
     }
 

@@ -87,4 +87,8 @@ void diptych_sample(Team* team, const float* logits, int32_t rows, int32_t vocab
 Decoder* diptych_decoder_create(const Model* model, Team* team) { return new Decoder(*model, *team); }
 void diptych_decoder_destroy(Decoder* decoder) { delete decoder; }
 void diptych_decoder_run(Decoder* decoder, const Batch* batch) { decoder->run(*batch); }
+// logits[count][vocab] after these tokens of the last run.
+void diptych_decoder_unembed(Decoder* decoder, const int32_t* tokens, int32_t count, float* logits) {
+    decoder->unembed_again(tokens, count, logits);
+}
 }

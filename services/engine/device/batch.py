@@ -27,6 +27,7 @@ class Batch:
     attention: list[ops.AttentionGroup]
     last_tokens: Tensor  # int64 [sampled rows], each one's last token in `tokens`
     sampled: list[int]  # [sampled rows], each one's index in the rows given to `build_batch`
+    scored: dict[int, int]  # by index of a row that has targets: its first token in `tokens`
 
 
 def build_batch(rows: Sequence[Row], pool: Tensor, window: int | None) -> Batch:
@@ -61,6 +62,11 @@ def build_batch(rows: Sequence[Row], pool: Tensor, window: int | None) -> Batch:
         ),
         last_tokens=on_device([ends[place] for place in sampled]),
         sampled=[order[place] for place in sampled],
+        scored={
+            order[place]: int(ends[place]) + 1 - len(row.tokens)
+            for place, row in enumerate(ordered)
+            if row.targets is not None
+        },
     )
 
 

@@ -30,13 +30,27 @@ class Decoder:
         self._weights = weights
         self._pool = pool
         self._frequencies = rope_frequencies(config).to(pool.device)
+        self._scored: dict[int, Tensor] = {}  # of the last rows those with targets: [tokens, hidden]
 
     def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
         """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
         batch = build_batch(rows, self._pool, self._config.sliding_window)
-        return batch.sampled, self._logits(batch)
+        hidden = self._hidden(batch)
+        self._scored = {
+            row: hidden[first : first + len(rows[row].tokens)] for row, first in batch.scored.items()
+        }
+        return batch.sampled, self._logits(hidden[batch.last_tokens])
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def logits_at(self, row: int, places: range) -> Tensor:
+        """Of the last computed rows, one with targets: float32 [places, vocab] after these of its tokens."""
+        return self._logits(self._scored[row][places.start : places.stop])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normal = ops.rms_norm(hidden, self._weights.final_norm, self._config.rms_norm_eps)
+        return ops.linear(normal, self._weights.unembedding).float()
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """After the last layer: [tokens, hidden]."""
         eps = self._config.rms_norm_eps
         hidden = F.embedding(batch.tokens, self._weights.embedding)
         angles = ops.rope_angles(batch.positions, self._frequencies, hidden.dtype)
@@ -45,8 +59,7 @@ class Decoder:
             hidden = hidden + self._attention(index, layer, normal, angles, batch)
             normal = ops.rms_norm(hidden, layer.mlp_norm, eps)
             hidden = hidden + ops.linear(ops.swiglu(ops.linear(normal, layer.gate_up)), layer.down)
-        last = ops.rms_norm(hidden[batch.last_tokens], self._weights.final_norm, eps)
-        return ops.linear(last, self._weights.unembedding).float()
+        return hidden
 
     def _attention(
         self, index: int, layer: LayerWeights[Tensor], x: Tensor, angles: tuple[Tensor, Tensor], batch: Batch

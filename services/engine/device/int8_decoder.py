@@ -1,7 +1,7 @@
 """The decoder with 8-bit weights: loading it, and the engine's rows as the kernels take them."""
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -26,9 +26,15 @@ class QuantizedDecoder:
     def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
         """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
         sampled = [index for index, row in enumerate(rows) if row.samples]
+        self._firsts = [0, *accumulate(len(row.tokens) for row in rows)]
         tokens = list(chain.from_iterable(row.tokens for row in rows))
         attended = [AttentionRow(len(row.tokens), row.start, row.block_table) for row in rows]
         return sampled, self._decoder.logits(tokens, attended, sampled)
+
+    def logits_at(self, row: int, places: range) -> Tensor:
+        """Of the last computed rows: float32 [places, vocab] after these of a row's tokens."""
+        first = self._firsts[row]
+        return self._decoder.logits_at(range(first + places.start, first + places.stop))
 
 
 def load_int8_decoder(files: ModelFiles, pool: Tensor, threads: int) -> QuantizedDecoder:

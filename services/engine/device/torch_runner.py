@@ -4,21 +4,27 @@ quantised with the kernels of kernels/cpu.
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from services.core.errors import ConfigError
+from services.core.logprobs import PromptLogprobs
 from services.engine.device.decoder import Decoder
 from services.engine.device.int8_decoder import load_int8_decoder
+from services.engine.device.logprobs import prompt_logprobs, sampled_logprobs, score
 from services.engine.device.sampler import Choose, sample_tokens
 from services.engine.device.weights import TORCH_PACKING, load_weights
-from services.engine.runner import Row
+from services.engine.runner import Outcome, Row, Targets
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles
 from services.model.pool_geometry import DTYPE_BYTES, PoolGeometry
 
+# Prompt tokens whose logits are in memory at once: 25 MB of them for the default model, and enough rows
+# for the unembedding to run at full speed.
+_SCORED_AT_ONCE = 128
 _DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 
@@ -28,6 +34,10 @@ class Computation(Protocol):
 
     def compute(self, rows: Sequence[Row]) -> tuple[list[int], Tensor]:
         """Writes the rows' KV; the indices of the rows that are sampled and their float32 [.., vocab]."""
+        ...
+
+    def logits_at(self, row: int, places: range) -> Tensor:
+        """Of the last computed rows, one with targets: float32 [places, vocab] after these of its tokens."""
         ...
 
 
@@ -62,22 +72,48 @@ class TorchRunner:
         self._decoder = _decoder(files, self.pool, threads, quantization)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Writes the rows' KV; the sampled tokens of each row, one per sample."""
+    def run(self, rows: Sequence[Row]) -> list[Outcome]:
+        """Writes the rows' KV; see ModelRunner."""
         if not rows:
             return []
+        outcomes = self._sample(rows)
+        for index, row in enumerate(rows):
+            if row.targets is not None:
+                outcomes[index] = replace(outcomes[index], scored=self._scored(index, row, row.targets))
+        if self.pool.is_cuda:
+            torch.cuda.synchronize(self.pool.device)  # readers of the pool wait for no stream of ours
+        return outcomes
+
+    def _sample(self, rows: Sequence[Row]) -> list[Outcome]:
         sampled, logits = self._decoder.compute(rows)
         samples = [sample for index in sampled for sample in rows[index].samples]
         places = [place for place, index in enumerate(sampled) for _ in rows[index].samples]
         if len(samples) > len(logits):  # several choices are drawn from the logits of one row
             logits = logits[places]
         chosen = sample_tokens(logits, samples, self._decoder.choose)
-        tokens: list[list[int]] = [[] for _ in rows]
-        for place, token in zip(places, chosen, strict=True):
-            tokens[sampled[place]].append(token)
-        if self.pool.is_cuda:
-            torch.cuda.synchronize(self.pool.device)  # readers of the pool wait for no stream of ours
-        return tokens
+        outcomes = [Outcome([], []) for _ in rows]
+        for place, token, logprobs in zip(
+            places, chosen, sampled_logprobs(logits, chosen, samples), strict=True
+        ):
+            outcomes[sampled[place]].tokens.append(token)
+            outcomes[sampled[place]].logprobs.append(logprobs)
+        return outcomes
+
+    def _scored(self, index: int, row: Row, targets: Targets) -> PromptLogprobs:
+        """In parts: the logits of a whole chunk would fill the memory."""
+        first, count = targets.first - 1 - row.start, len(targets.ids)
+        parts = [range(at, min(at + _SCORED_AT_ONCE, count)) for at in range(0, count, _SCORED_AT_ONCE)]
+        return prompt_logprobs(
+            targets,
+            [
+                score(
+                    self._decoder.logits_at(index, range(first + part.start, first + part.stop)),
+                    targets.ids[part.start : part.stop],
+                    targets.top,
+                )
+                for part in parts
+            ],
+        )
 
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

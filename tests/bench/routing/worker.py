@@ -28,7 +28,7 @@ from services.engine.messages import (
     Submit,
     Token,
 )
-from services.engine.runner import Row
+from services.engine.runner import Outcome, Row
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.worker.config import WorkerConfig
@@ -91,9 +91,9 @@ class MeasuredRunner:
     rng: random.Random
     clock: _StepClock
 
-    def run(self, rows: Sequence[Row]) -> list[list[int]]:
+    def run(self, rows: Sequence[Row]) -> list[Outcome]:
         self.clock.ahead_s = rows_ms(self.table, rows) * self.noise.factor(self.rng) / 1e3
-        return [[CONSTANT_TOKEN for _ in row.samples] for row in rows]
+        return [Outcome([CONSTANT_TOKEN] * len(row.samples), [None] * len(row.samples)) for row in rows]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         raise AssertionError("every request has one choice: nothing forks")

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from services.core.errors import ConfigError
 from services.core.sampling import SamplingParams
 from services.engine.device.torch_runner import TorchRunner
-from services.engine.runner import Row, Sample
+from services.engine.runner import Outcome, Row, Sample
 from services.model.files import open_model
 from tests.unit.engine.device.tiny_models import GREEDY, Driver, open_runner, random_model
 
@@ -30,7 +30,7 @@ def test_tokens_are_those_that_transformers_generates(
     tokens = list(prompt)
     for _ in range(len(expected) - len(prompt)):
         start = 0 if tokens == prompt else len(tokens) - 1
-        tokens += driver.runner.run([driver.row(tokens[start:], start)])[0]
+        tokens += driver.runner.run([driver.row(tokens[start:], start)])[0].tokens
     assert tokens == expected
 
 
@@ -45,11 +45,11 @@ def test_results_follow_the_order_of_the_rows_and_chunks_have_none(folder: Path)
         drivers[3].row(short, 0),
     ]
     alone = [runner.run([row])[0] for row in rows]
-    assert [len(tokens) for tokens in alone] == [1, 1, 0, 1]
+    assert [len(outcome.tokens) for outcome in alone] == [1, 1, 0, 1]
     assert runner.run(rows) == alone
     assert runner.run(rows[::-1]) == alone[::-1]
     assert torch.allclose(runner.logits([rows[3], rows[0]])[1], runner.logits([rows[0]])[0], atol=1e-5)
-    assert runner.run([rows[2]]) == [[]]
+    assert runner.run([rows[2]]) == [Outcome([], [])]
     assert runner.run([]) == []
 
 
@@ -75,7 +75,7 @@ def test_blocks_copied_to_another_pool_decode_to_the_same_token(folder: Path) ->
     prefill, decode = (TorchRunner(files, geometry, memoryview(pool), threads=1) for pool in pools)
     prompt = torch.randint(0, 199, (21,)).tolist()
     samples = [Sample(GREEDY, prompt, [])]
-    ((first,),) = prefill.run([Row(prompt, 0, [1, 2, 3], samples)])
+    (first,) = prefill.run([Row(prompt, 0, [1, 2, 3], samples)])[0].tokens
     for source, target in ((1, 7), (2, 0), (3, 5)):
         size = geometry.block_bytes
         pools[1][target * size : (target + 1) * size] = pools[0][source * size : (source + 1) * size]
@@ -94,7 +94,7 @@ def test_a_sampled_stream_continues_the_same_when_resumed_elsewhere(folder: Path
         for _ in range(count):
             tokens = (prompt + output)[start:]
             table = driver.row(tokens, start).block_table
-            output += runner.run([Row(tokens, start, table, [Sample(params, prompt, output)])])[0]
+            output += runner.run([Row(tokens, start, table, [Sample(params, prompt, output)])])[0].tokens
             start = len(prompt) + len(output) - 1
         return output
 
@@ -128,10 +128,10 @@ def test_choices_of_one_row_are_what_each_gives_alone(folder: Path) -> None:
     prompt = torch.randint(0, 199, (11,)).tolist()
     table = Driver(runner, range(8, 16)).row(prompt, 0).block_table
     choices = [Sample(params, prompt, [], choice) for choice in range(6)]
-    alone = [runner.run([Row(prompt, 0, table, [choice])])[0][0] for choice in choices]
+    alone = [runner.run([Row(prompt, 0, table, [choice])])[0].tokens[0] for choice in choices]
     others = [Driver(runner, range(8)).row(prompt[:3], 0), Driver(runner, range(16, 24)).row(prompt, 0, None)]
     together = runner.run([others[0], Row(prompt, 0, table, choices), others[1]])
-    assert together == [runner.run([others[0]])[0], alone, []]
+    assert [outcome.tokens for outcome in together] == [runner.run([others[0]])[0].tokens, alone, []]
     assert len(set(alone)) > 2
 
 
