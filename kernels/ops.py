@@ -7,7 +7,7 @@ from kernels.reference import linear as reference
 from kernels.reference.attention_plan import AttentionGroup, AttentionRow, padded_blocks, plan_attention
 from kernels.reference.kv_write import kv_write
 from kernels.reference.paged_attention import paged_attention
-from kernels.reference.penalties import forbid, penalize_output, penalize_repetition
+from kernels.reference.penalties import add_bias, forbid, penalize_output, penalize_repetition
 from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rope import apply_rope, rope_angles, rope_frequencies, scale_linear, scale_llama3
 from kernels.reference.sampling import gumbel_argmax, keep_min_p, keep_top_k, keep_top_p
@@ -16,6 +16,7 @@ from kernels.reference.swiglu import swiglu
 __all__ = [
     "AttentionGroup",
     "AttentionRow",
+    "add_bias",
     "apply_rope",
     "forbid",
     "gumbel_argmax",

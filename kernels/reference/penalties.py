@@ -23,6 +23,11 @@ def penalize_output(logits: Tensor, output: Tensor, frequency: float, presence: 
     return logits - frequency * counts - presence * (counts > 0)
 
 
+def add_bias(logits: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
+    """logits: [vocab]; ids: int64 [tokens], all different; bias: float32 [tokens]."""
+    return logits.index_add(0, ids, bias.to(logits.dtype))
+
+
 def forbid(logits: Tensor, ids: Tensor) -> Tensor:
     """logits: [vocab]; ids: int64 [tokens] that must not be chosen."""
     return logits.index_fill(0, ids, -torch.inf)

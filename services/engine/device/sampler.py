@@ -1,6 +1,7 @@
 """Sampling: a pure function of (logits, SamplingParams, choice, output index, token histories).
 
-    penalties and forbidden ends -> temperature -> top_k -> top_p -> min_p -> Gumbel argmax
+    penalties -> the request's rules (logit_rules.py) -> forbidden ends
+        -> temperature -> top_k -> top_p -> min_p -> Gumbel argmax
 
 Nothing in it depends on the other rows of the batch, nor on the worker.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from kernels import ops
 from kernels.cpu.int8 import Int8Kernels
 from kernels.cpu.library import DRAW
+from services.engine.device.logit_rules import RuleCache, has_rules
 from services.engine.runner import Sample
 
 # Rows that are sampled together. On a CPU a row's float64 noise (8 bytes per token of the vocabulary)
@@ -21,6 +23,8 @@ from services.engine.runner import Sample
 _ROWS_AT_ONCE_CPU = 2
 _ROWS_AT_ONCE_GPU = 256
 
+
+_rules = RuleCache()
 
 # Chooses each row's token from float32 [rows, vocab] after penalties.
 Choose = Callable[[Tensor, Sequence[Sample]], list[int]]
@@ -69,8 +73,12 @@ def _store(tokens: list[int], rows: list[int], chosen: Tensor) -> None:
 
 
 def _adjust(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """The logits after penalties and min_tokens; the same tensor if no row has any."""
-    changed = [row for row, sample in enumerate(samples) if _penalized(sample) or _must_go_on(sample)]
+    """The logits after penalties, rules and min_tokens; the same tensor if no row has any."""
+    changed = [
+        row
+        for row, sample in enumerate(samples)
+        if _penalized(sample) or has_rules(sample.params) or _must_go_on(sample)
+    ]
     if not changed:
         return logits
     logits = logits.clone()
@@ -99,6 +107,8 @@ def _adjust_row(logits: Tensor, sample: Sample) -> Tensor:
         logits = ops.penalize_repetition(logits, ids([*sample.prompt_ids, *output]), p.repetition_penalty)
     if output and (p.presence_penalty != 0.0 or p.frequency_penalty != 0.0):
         logits = ops.penalize_output(logits, ids(output), p.frequency_penalty, p.presence_penalty)
+    if has_rules(p):
+        logits = _rules.of(p, logits).apply(logits, output)
     if _must_go_on(sample):
         # A client may name stop ids that this model's vocabulary lacks.
         logits = ops.forbid(logits, ids([token for token in p.end_token_ids if token < len(logits)]))

@@ -37,6 +37,8 @@ VARIED = [
     params(0.0, repetition_penalty=1.3),
     params(1.0, seed=-7, frequency_penalty=0.5, presence_penalty=-0.4),
     params(1.0, seed=8, min_tokens=9, end_token_ids=(0, 7, 10**6)),
+    params(1.0, seed=9, logit_bias={5: 4.0, 6: -100.0}, bad_words=((1,), (7, 8, 9))),
+    params(0.8, seed=10, top_k=9, allowed_token_ids=(3, 9, 27, 81, 243)),
 ]
 
 
