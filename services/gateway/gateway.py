@@ -83,7 +83,7 @@ class Gateway:
 
     def answering(
         self, generations: Sequence[Generation], record: Record
-    ) -> AbstractAsyncContextManager[AsyncGenerator[TextDelta, None]]:
+    ) -> AbstractAsyncContextManager[AsyncGenerator[list[TextDelta], None]]:
         """The way of one request, layer around layer. Raises Overloaded before any work is done for it."""
         journals = record.of_prompts(len(generations))
         parts = [self._part(*own) for own in zip(generations, journals, strict=True)]
@@ -95,7 +95,7 @@ class Gateway:
         patience, choices = Patience(self._retry_policy, self.clock), Choices(generation.choices)
         first = self._ticket(generation, choices, patience, journal.received_at)
 
-        def deltas() -> AsyncGenerator[TextDelta, None]:
+        def deltas() -> AsyncGenerator[list[TextDelta], None]:
             attempts = Attempts(generation, choices, first, self._pipeline, self.view)
             texts = [self._text(generation) for _ in range(generation.choices)]
             return answer(attempts.events(patience), texts, choices, journal)

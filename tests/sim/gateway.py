@@ -75,10 +75,10 @@ class _CountingClient(GrpcWorkerClient):
         super().__init__(world.network.of(process))
         self._world = world
 
-    def decode(self, worker: Any, sequence: Any, source: Any) -> Any:
+    async def decode(self, worker: Any, sequence: Any, source: Any, deliver: Any) -> None:
         if any(sequence.output_ids):
             self._world.events["resumptions"] += 1
-        return super().decode(worker, sequence, source)
+        await super().decode(worker, sequence, source, deliver)
 
 
 class SimGateway:
@@ -140,8 +140,8 @@ class SimGateway:
         if parts := gateway.view.in_flight.parts:
             found.append(f"work counted as in flight when quiet: {parts}")
         for session in self.workers._sessions.values():
-            if session._inboxes:
-                found.append(f"inboxes left in a decode session: {list(session._inboxes)}")
+            if session._open:
+                found.append(f"sequences left in a decode session: {list(session._open)}")
         return [f"{self.name}: {complaint}" for complaint in found]
 
     def overfull(self) -> str | None:

@@ -79,14 +79,14 @@ class Exchange(Response):
         except TimeoutError:
             raise DeadlineExceeded("The client did not read its answer in time.") from None
 
-    async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
+    async def _deltas(self) -> AsyncGenerator[list[TextDelta], None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
         generations = await self._reply.read(self._request_id, deadline, self._tenant)
         async with self._gateway.answering(generations, self._reply.record) as deltas:
             context = {"request_id": self._request_id}
             logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
-            async for delta in deltas:
-                yield delta
+            async for burst in deltas:
+                yield burst
 
     async def _end_with(self, stream: EventStream, error: ErrorBody) -> None:
         """An error after the first byte: the status is gone, so it is an event."""

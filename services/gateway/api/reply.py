@@ -12,10 +12,10 @@ from services.gateway.api.sse import EventStream
 from services.gateway.door.tenant import Tenant
 from services.gateway.path.generation import Generation
 from services.gateway.path.record import Record
-from services.gateway.text.answer import TextDelta, joined
+from services.gateway.text.answer import TextDelta, by_choice, joined
 from services.gateway.text.prompt import PromptReader
 
-Deltas = AsyncGenerator[TextDelta, None]
+Deltas = AsyncGenerator[list[TextDelta], None]  # in bursts
 
 
 class Reply(Protocol):
@@ -57,8 +57,9 @@ class ChoicesReply:
 
     async def whole(self, deltas: Deltas) -> str:
         collected: defaultdict[int, list[TextDelta]] = defaultdict(list)
-        async for delta in deltas:
-            collected[delta.choice].append(delta)
+        async for burst in deltas:
+            for delta in burst:
+                collected[delta.choice].append(delta)
         answers = [joined(collected[choice]) for choice in sorted(collected)]
         body = self._format.whole(answers, self.record.usage)
         return as_json(body, self._if_wanted(*answers), self._timings, self._routes)
@@ -66,15 +67,18 @@ class ChoicesReply:
     async def stream(self, deltas: Deltas, events: EventStream) -> None:
         opened: set[int] = set()
         unfinished = self._body.answers
-        async for delta in deltas:
-            if delta.choice not in opened:
-                opened.add(delta.choice)
-                if opening := self._format.opening(delta.choice):
-                    await events.event(as_json(opening))
-            unfinished -= delta.finish is not None
-            last = not unfinished and not self._body.include_usage
-            extras = (self._timings, self._routes) if last else (None, None)
-            await events.event(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
+        async for burst in deltas:
+            chunks: list[str] = []
+            for delta in by_choice(burst):
+                if delta.choice not in opened:
+                    opened.add(delta.choice)
+                    if opening := self._format.opening(delta.choice):
+                        chunks.append(as_json(opening))
+                unfinished -= delta.finish is not None
+                last = not unfinished and not self._body.include_usage
+                extras = (self._timings, self._routes) if last else (None, None)
+                chunks.append(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
+            await events.event(*chunks)
         if self._body.include_usage:
             usage = self._format.usage_chunk(self.record.usage)
             await events.event(as_json(usage, None, self._timings, self._routes))

@@ -21,15 +21,15 @@ class EventStream:
         self._send = send
         self.started = False
 
-    async def event(self, data: str) -> None:
-        """Send `data`, which is JSON in one line."""
-        if not data.isascii():
-            data = data.translate(_LINE_ENDS)
+    async def event(self, *data: str) -> None:
+        """Send an event, or several together; the data of each is JSON in one line."""
+        body = "".join([f"data: {one}\n\n" for one in data])
+        if not body.isascii():
+            body = body.translate(_LINE_ENDS)
         if not self.started:
             self.started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        body = f"data: {data}\n\n".encode()
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self._send({"type": "http.response.body", "body": body.encode(), "more_body": True})
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -27,7 +27,7 @@ class Part:
     generation: Generation
     ticket: Ticket
     journal: Journal
-    deltas: Callable[[], AsyncGenerator[TextDelta, None]]
+    deltas: Callable[[], AsyncGenerator[list[TextDelta], None]]
 
 
 class Answers:
@@ -35,8 +35,9 @@ class Answers:
         self._parts, self._admission, self._queue, self._clock = parts, admission, queue, clock
 
     @asynccontextmanager
-    async def streaming(self) -> AsyncIterator[AsyncGenerator[TextDelta, None]]:
-        """Raises Overloaded before any work is done. The stream raises what the first to fail raised."""
+    async def streaming(self) -> AsyncIterator[AsyncGenerator[list[TextDelta], None]]:
+        """Bursts of deltas. Raises Overloaded before any work is done; the stream what the first to fail
+        raised."""
         try:
             for part in self._parts:
                 await self._admission.admit(part.ticket)
@@ -48,13 +49,15 @@ class Answers:
             for part in self._parts:
                 self._queue.leave(part.ticket)
 
-    async def _numbered(self, number: int) -> AsyncGenerator[TextDelta, None]:
+    async def _numbered(self, number: int) -> AsyncGenerator[list[TextDelta], None]:
         """The deltas of one prompt, with the numbers that choices have in the request."""
         part = self._parts[number]
         first_choice = sum(earlier.generation.choices for earlier in self._parts[:number])
-        async with aclosing(part.deltas()) as deltas:
-            async for delta in deltas:
-                yield replace(delta, choice=first_choice + delta.choice) if first_choice else delta
+        async with aclosing(part.deltas()) as bursts:
+            async for burst in bursts:
+                if first_choice:
+                    burst = [replace(delta, choice=first_choice + delta.choice) for delta in burst]
+                yield burst
         part.journal.end(Stage.FINISHED)
         self._note_progress()
 

@@ -128,7 +128,7 @@ class Attempts:
         self._pipeline, self._view = pipeline, view
         self._numbers = itertools.count(2)
 
-    def events(self, patience: Patience) -> AsyncGenerator[Event, None]:
+    def events(self, patience: Patience) -> AsyncGenerator[list[Event], None]:
         """The events of as many attempts as it takes; each failed one that is followed by another ends
         with AttemptFailed. Raises the error of the last one, or of a wait for a place that was in vain.
         """
@@ -136,25 +136,28 @@ class Attempts:
 
     async def _events(
         self, served: Many[int], patience: Patience, first: Ticket | None = None
-    ) -> AsyncGenerator[Event, None]:
+    ) -> AsyncGenerator[list[Event], None]:
         while len(groups := self._choices.alike(served)) == 1:
             failed: AttemptFailed | None = None
             ticket, first = first or self._next_ticket(groups[0], patience), None
-            async with aclosing(self._pipeline.attempt(ticket)) as events:
-                async for event in events:
-                    if isinstance(event, AttemptFailed):
-                        failed = event
+            async with aclosing(self._pipeline.attempt(ticket)) as bursts:
+                async for burst in bursts:
+                    if isinstance(last := burst[-1], AttemptFailed):
+                        failed, burst = last, burst[:-1]
+                    for event in burst:
+                        patience.note(event)
+                    if burst:
+                        yield burst
+                    if failed is not None:
                         break
-                    patience.note(event)
-                    yield event
             if failed is None:
                 return
             _note(ticket.sequence, failed, self._view)
             patience.admit_failure(failed)
-            yield replace(failed, others_go_on=len(served) < len(self._choices))
+            yield [replace(failed, others_go_on=len(served) < len(self._choices))]
         async with aclosing(merged(self._events(group, patience.fork()) for group in groups)) as together:
-            async for event in together:
-                yield event
+            async for burst in together:
+                yield burst
 
     def _next_ticket(self, choices: tuple[int, ...], patience: Patience) -> Ticket:
         delivered = self._choices.delivered[choices[0]]

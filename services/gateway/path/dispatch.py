@@ -1,8 +1,6 @@
 """One attempt's calls: prefill and decode at once, their events in one stream."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
 from typing import Any
 
 from services.core.child_tasks import ChildTasks
@@ -21,52 +19,58 @@ from services.core.errors import (
 )
 from services.core.worker_report import WorkerReport
 from services.gateway.path.generation import AttemptFailed, Routed, WorkerEvent, WorkerPair
+from services.gateway.path.inbox import Inbox
 from services.gateway.workers.worker_client import Sequence, WorkerClient
 
 # Errors that a decode worker reports about the prefill worker it pulls from.
 _SOURCE_ERRORS = (KvSourceLost, KvLinkLost, KvCorrupt, KvStale, LeaseExpired)
 
-Inbox = asyncio.Queue[WorkerEvent | AttemptFailed | Exception]
+Arrived = WorkerEvent | AttemptFailed | Exception
 
 
 async def dispatch(
     workers: WorkerClient, sequence: Sequence, placement: Routed, clock: Clock, deadline: float
-) -> AsyncGenerator[WorkerEvent | AttemptFailed, None]:
-    """The events of both workers as they arrive, without end unless an attempt fails.
+) -> AsyncGenerator[list[WorkerEvent | AttemptFailed], None]:
+    """Bursts of both workers' events as they arrive, without end unless an attempt fails.
 
     Closing it cancels both calls. It ends with AttemptFailed, at the deadline too.
     """
-    inbox: Inbox = asyncio.Queue()
+    inbox: Inbox[Arrived] = Inbox()
     async with ChildTasks() as calls:
         if placement.prefill is not None:
             calls.start(_reporting(inbox, placement.prefill, _prefill(workers, sequence, placement, inbox)))
         if placement.decode is not None:
-            calls.start(_reporting(inbox, placement.decode, _decode(workers, sequence, placement, inbox)))
+            decoding = workers.decode(placement.decode, sequence, placement.prefill, inbox.put)
+            calls.start(_reporting(inbox, placement.decode, decoding))
         calls.start(_reporting(inbox, None, _expire(clock, deadline)))
         while True:
-            event = await inbox.get()
-            if isinstance(event, Exception):
-                raise event
-            if isinstance(event, AttemptFailed):
-                yield _blame(event, placement)
+            burst = _until_failure(await inbox.take(), placement)
+            yield burst
+            if isinstance(burst[-1], AttemptFailed):
                 return
-            yield event
 
 
-async def _prefill(workers: WorkerClient, sequence: Sequence, placement: Routed, inbox: Inbox) -> None:
+def _until_failure(arrived: list[Arrived], placement: Routed) -> list[WorkerEvent | AttemptFailed]:
+    """What came up to the first failure, which is the last. Raises a bug's exception."""
+    burst: list[WorkerEvent | AttemptFailed] = []
+    for event in arrived:
+        if isinstance(event, Exception):
+            raise event
+        if isinstance(event, AttemptFailed):
+            return [*burst, _blame(event, placement)]
+        burst.append(event)
+    return burst
+
+
+async def _prefill(
+    workers: WorkerClient, sequence: Sequence, placement: Routed, inbox: Inbox[Arrived]
+) -> None:
     assert placement.prefill is not None
     alone = placement.decode is None
     result = await workers.prefill(placement.prefill, sequence, expect_pull=not alone)
     if alone and any(first.finish is None for first in result.firsts):
         raise EngineFailed(f"{placement.prefill.worker_id} did not finish an answer of one token")
-    inbox.put_nowait(result)
-
-
-async def _decode(workers: WorkerClient, sequence: Sequence, placement: Routed, inbox: Inbox) -> None:
-    assert placement.decode is not None
-    async with aclosing(workers.decode(placement.decode, sequence, placement.prefill)) as events:
-        async for event in events:
-            inbox.put_nowait(event)
+    inbox.put(result)
 
 
 async def _expire(clock: Clock, deadline: float) -> None:
@@ -74,14 +78,16 @@ async def _expire(clock: Clock, deadline: float) -> None:
     raise DeadlineExceeded("The request took longer than this server allows (request_timeout_s).")
 
 
-async def _reporting(inbox: Inbox, worker: WorkerReport | None, call: Coroutine[Any, Any, None]) -> None:
+async def _reporting(
+    inbox: Inbox[Arrived], worker: WorkerReport | None, call: Coroutine[Any, Any, None]
+) -> None:
     """Turn a call's failure into an event; the exception of a bug is passed on as it is."""
     try:
         await call
     except DiptychError as error:
-        inbox.put_nowait(AttemptFailed(error, worker))
+        inbox.put(AttemptFailed(error, worker))
     except Exception as bug:
-        inbox.put_nowait(bug)
+        inbox.put(bug)
 
 
 def _blame(failed: AttemptFailed, placement: Routed) -> AttemptFailed:

@@ -2,6 +2,9 @@
 
 Generation ──>  attempts  ──>  pipeline  ──>  dispatch  ──>  workers
 TextDelta  <──  answer  <──  Routed, PrefillResult, Started, OutputToken, AttemptFailed
+
+Events and deltas come up in bursts, lists of what is there at the same time: a slow client, or workers that
+are faster than this process, make bursts longer, and each costs little more than a single token.
 """
 
 from dataclasses import dataclass

@@ -1,38 +1,40 @@
-"""Several streams of events as one."""
+"""Several streams of bursts as one. A burst is what came together: a list that is not empty."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import TypeVar
 
 from services.core.child_tasks import ChildTasks
+from services.gateway.path.inbox import Inbox
 
 T = TypeVar("T")
 
 
-async def merged(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+async def merged(streams: Iterable[AsyncGenerator[list[T], None]]) -> AsyncGenerator[list[T], None]:
     """What all `streams` give, as it comes, until all have ended. Closing it closes them.
 
     Raises what the first of them to fail raised. It holds what nobody has taken yet, so the streams
     must have bounds of their own.
     """
-    inbox: asyncio.Queue[tuple[T, ...] | Exception] = asyncio.Queue()  # an empty tuple: one has ended
+    inbox: Inbox[list[T] | Exception] = Inbox()  # an empty list: one has ended
     async with ChildTasks() as pumps:
         running = len([pumps.start(_pump(stream, inbox)) for stream in streams])
         while running:
-            arrived = await inbox.get()
-            if isinstance(arrived, Exception):
-                raise arrived
-            for event in arrived:
-                yield event
-            running -= not arrived
+            burst: list[T] = []
+            for arrived in await inbox.take():
+                if isinstance(arrived, Exception):
+                    raise arrived
+                burst += arrived
+                running -= not arrived
+            if burst:
+                yield burst
 
 
-async def _pump(stream: AsyncGenerator[T, None], inbox: "asyncio.Queue[tuple[T, ...] | Exception]") -> None:
+async def _pump(stream: AsyncGenerator[list[T], None], inbox: Inbox[list[T] | Exception]) -> None:
     try:
-        async with aclosing(stream) as events:
-            async for event in events:
-                inbox.put_nowait((event,))
-        inbox.put_nowait(())
+        async with aclosing(stream) as bursts:
+            async for burst in bursts:
+                inbox.put(burst)
+        inbox.put([])
     except Exception as error:
-        inbox.put_nowait(error)
+        inbox.put(error)

@@ -24,8 +24,8 @@ class Pipeline:
     def __init__(self, queue: PlaceQueue, view: ClusterView, workers: WorkerClient, clock: Clock) -> None:
         self._queue, self._view, self._workers, self._clock = queue, view, workers, clock
 
-    async def attempt(self, ticket: Ticket) -> AsyncGenerator[Event, None]:
-        """Routed, then the tokens of each choice in order up to its last; or AttemptFailed as the end.
+    async def attempt(self, ticket: Ticket) -> AsyncGenerator[list[Event], None]:
+        """Routed alone, then the tokens of each choice in order up to its last; or AttemptFailed as the end.
 
         Raises Overloaded, NoWorker or DeadlineExceeded when the wait for a place is over.
         """
@@ -34,14 +34,15 @@ class Pipeline:
             self._queue.place(ticket) as placement,
             self._expecting(placement, ticket.sequence) as expected,
         ):
-            yield placement
+            yield [placement]
             sequence = msgspec.structs.replace(sequence, prefix=placement.prefix)
             arriving = dispatch(self._workers, sequence, placement, self._clock, ticket.deadline)
-            async with aclosing(in_index_order(arriving, sequence.choices, choices)) as events:
-                async for event in events:
-                    expected.see(event)
-                    self._queue.note(ticket, event)
-                    yield event
+            async with aclosing(in_index_order(arriving, sequence.choices, choices)) as bursts:
+                async for burst in bursts:
+                    for event in burst:
+                        expected.see(event)
+                        self._queue.note(ticket, event)
+                    yield burst
                     for choice in choices.take_unwanted(sequence.choices):
                         self._end_choice(placement, sequence, choice)
 
@@ -59,8 +60,10 @@ class Pipeline:
 
 
 async def in_index_order(
-    arriving: AsyncGenerator[WorkerEvent | AttemptFailed, None], served: Collection[int], choices: Choices
-) -> AsyncGenerator[WorkerEvent | AttemptFailed, None]:
+    arriving: AsyncGenerator[list[WorkerEvent | AttemptFailed], None],
+    served: Collection[int],
+    choices: Choices,
+) -> AsyncGenerator[list[Event], None]:
     """Events with each choice's tokens in order and without duplicates, until none of `served` goes on.
 
     The first tokens come from the prefill worker, the others from the decode worker, whose first
@@ -69,22 +72,33 @@ async def in_index_order(
     """
     held: dict[tuple[int, int], OutputToken] = {}
     async with aclosing(arriving):
-        async for event in arriving:
-            if not isinstance(event, OutputToken):
-                yield event
-            for token in _tokens(event):
-                choice = token.choice
-                if token.index >= choices.next_index(choice):
-                    held.setdefault((choice, token.index), token)
-                while choices.goes_on(choice) and (choice, choices.next_index(choice)) in held:
-                    token = held.pop((choice, choices.next_index(choice)))
-                    choices.deliver(token)
-                    yield token
+        async for burst in arriving:
+            ordered: list[Event] = []
+            for event in burst:
+                if isinstance(event, OutputToken):
+                    ordered += _deliver(event, held, choices)
+                else:
+                    ordered.append(event)
+                if isinstance(event, PrefillResult):
+                    for first in event.firsts:
+                        ordered += _deliver(first, held, choices)
+            if ordered:
+                yield ordered
             if not any(map(choices.goes_on, served)):
                 return
 
 
-def _tokens(event: WorkerEvent | AttemptFailed) -> tuple[OutputToken, ...]:
-    if isinstance(event, PrefillResult):
-        return event.firsts
-    return (event,) if isinstance(event, OutputToken) else ()
+def _deliver(
+    token: OutputToken, held: dict[tuple[int, int], OutputToken], choices: Choices
+) -> list[OutputToken]:
+    """The tokens of its choice whose turn it is with `token`: none, one, or those that were held for it."""
+    choice, ready = token.choice, list[OutputToken]()
+    if token.index > choices.next_index(choice):
+        held[choice, token.index] = token
+    elif token.index == choices.next_index(choice):
+        next_one: OutputToken | None = token
+        while next_one is not None and choices.goes_on(choice):
+            choices.deliver(next_one)
+            ready.append(next_one)
+            next_one = held.pop((choice, choices.next_index(choice)), None)
+    return ready

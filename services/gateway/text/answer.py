@@ -1,5 +1,6 @@
 """From token events to the text a client sees, and why each choice ended."""
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -38,6 +39,16 @@ def joined(deltas: Sequence[TextDelta]) -> TextDelta:
     return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice, tokens)
 
 
+def by_choice(burst: Sequence[TextDelta]) -> Sequence[TextDelta]:
+    """One delta of each choice that `burst` has deltas of, in the order of the first ones."""
+    if len(burst) == 1:
+        return burst
+    deltas: defaultdict[int, list[TextDelta]] = defaultdict(list)
+    for delta in burst:
+        deltas[delta.choice].append(delta)
+    return list(map(joined, deltas.values()))
+
+
 class AnswerText:
     """One choice's tokens to text. Stop strings count from the `min_tokens`-th token on."""
 
@@ -69,28 +80,34 @@ class AnswerText:
 
 
 async def answer(
-    events: AsyncGenerator[Event, None], texts: Sequence[AnswerText], choices: Choices, journal: Journal
-) -> AsyncGenerator[TextDelta, None]:
-    """Deltas that are not empty; only the last one of each choice has a finish reason.
+    bursts: AsyncGenerator[list[Event], None],
+    texts: Sequence[AnswerText],
+    choices: Choices,
+    journal: Journal,
+) -> AsyncGenerator[list[TextDelta], None]:
+    """Bursts of deltas that are not empty; only the last one of each choice has a finish reason.
 
-    The workers are let go before the last delta: a slow client does not hold them.
+    The workers are let go before the last burst: a slow client does not hold them.
     """
-    last: TextDelta | None = None
+    deltas: list[TextDelta] = []
     unfinished = set(range(len(texts)))
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, OutputToken) and event.choice not in unfinished:
-                continue  # it crossed the end that a stop string made
-            journal.record(event)
-            delta = texts[event.choice].feed(event) if isinstance(event, OutputToken) else None
-            if delta is None:
-                continue
-            if delta.finish is not None:
-                choices.close(delta.choice)
-                unfinished.remove(delta.choice)
+    async with aclosing(bursts):
+        async for burst in bursts:
+            deltas = []
+            for event in burst:
+                if isinstance(event, OutputToken) and event.choice not in unfinished:
+                    continue  # it crossed the end that a stop string made
+                journal.record(event)
+                delta = texts[event.choice].feed(event) if isinstance(event, OutputToken) else None
+                if delta is None:
+                    continue
+                deltas.append(delta)
+                if delta.finish is not None:
+                    choices.close(delta.choice)
+                    unfinished.remove(delta.choice)
             if not unfinished:
-                last = delta
                 break
-            yield delta
-    assert last is not None, "the events ended without a last token"
-    yield last
+            if deltas:
+                yield deltas
+    assert not unfinished, "the events ended without a last token"
+    yield deltas

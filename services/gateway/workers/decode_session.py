@@ -1,13 +1,14 @@
 """One Decode.Session stream: all sequences of this gateway on one incarnation of a decode worker.
 
-A writer task sends submissions and cancels in order; a reader task sorts each message's events into
-one inbox per sequence. An inbox holds at most the tokens of its answer, so none needs a bound of its
-own. When the stream breaks, every open sequence fails, and the session is over for good.
+A writer task sends submissions and cancels in order; a reader task hands each message's events to those whose
+sequences they are of, without a task in between. When the stream breaks, every open sequence fails, and the
+session is over for good.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -22,13 +23,34 @@ from services.wire.generated import worker_pb2, worker_pb2_grpc
 SequenceKey = tuple[str, int]  # request id, attempt
 
 
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A sequence that runs on the worker."""
+
+    deliver: Callable[[DecodeEvent], None]
+    running: set[int]  # choices
+    over: asyncio.Future[None]
+
+    def take(self, event: DecodeEvent) -> None:
+        self.deliver(event)
+        if isinstance(event, OutputToken) and event.finish is not None:
+            self.running.discard(event.choice)
+            if not self.running and not self.over.done():
+                self.over.set_result(None)
+
+    def fail(self, error: DiptychError) -> None:
+        if not self.over.done():
+            self.running.clear()
+            self.over.set_exception(error)
+
+
 class DecodeSession:
     def __init__(self, stub: worker_pb2_grpc.DecodeStub, worker: WorkerReport) -> None:
         self._worker = worker
         self._call: grpc.aio.StreamStreamCall[worker_pb2.DecodeCommand, worker_pb2.DecodeEvents]
         self._call = stub.Session()
         self._commands: asyncio.Queue[worker_pb2.DecodeCommand] = asyncio.Queue()
-        self._inboxes: dict[SequenceKey, asyncio.Queue[DecodeEvent | DiptychError]] = {}
+        self._open: dict[SequenceKey, _Open] = {}
         self._failure: DiptychError | None = None
         self._writing = asyncio.create_task(self._write())
         self._reading = asyncio.create_task(self._read())
@@ -38,33 +60,26 @@ class DecodeSession:
         return self._failure is not None
 
     async def decode(
-        self, sequence: Sequence, source: WorkerReport | None
-    ) -> AsyncGenerator[DecodeEvent, None]:
+        self, sequence: Sequence, source: WorkerReport | None, deliver: Callable[[DecodeEvent], None]
+    ) -> None:
         """See WorkerClient.decode."""
         key = (sequence.request_id, sequence.attempt)
-        assert key not in self._inboxes, f"attempt {key} was submitted twice"
+        assert key not in self._open, f"attempt {key} was submitted twice"
         if self._failure is not None:
             raise _copy(self._failure)
-        inbox = self._inboxes[key] = asyncio.Queue()
+        over = asyncio.get_running_loop().create_future()
+        opened = self._open[key] = _Open(deliver, set(sequence.choices), over)
         self._commands.put_nowait(submit_command(self._worker, sequence, source))
-        running = set(sequence.choices)
         try:
-            while running:
-                event = await inbox.get()
-                if isinstance(event, DiptychError):
-                    running.clear()
-                    raise event
-                if isinstance(event, OutputToken) and event.finish is not None:
-                    running.discard(event.choice)
-                yield event
+            await over
         finally:
-            del self._inboxes[key]
-            if running:
+            del self._open[key]
+            if opened.running:
                 self._commands.put_nowait(cancel_command(sequence))
 
     def end_choice(self, sequence: Sequence, choice: int) -> None:
         """See WorkerClient.end_choice."""
-        if (sequence.request_id, sequence.attempt) in self._inboxes:
+        if (sequence.request_id, sequence.attempt) in self._open:
             self._commands.put_nowait(cancel_command(sequence, choice))
 
     async def close(self) -> None:
@@ -94,15 +109,19 @@ class DecodeSession:
             self._writing.cancel()
 
     def _deliver(self, wire: worker_pb2.DecodeEvent) -> None:
-        inbox = self._inboxes.get((wire.request_id, wire.attempt))
+        opened = self._open.get((wire.request_id, wire.attempt))
+        if opened is None:  # the event has crossed our cancel
+            return
         event = event_from_wire(wire)
-        if inbox is not None and event is not None:  # events that crossed our cancel have no inbox
-            inbox.put_nowait(event)
+        if isinstance(event, DiptychError):
+            opened.fail(event)
+        elif event is not None:
+            opened.take(event)
 
     def _end(self, failure: DiptychError) -> None:
         self._failure = self._failure or failure
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(_copy(self._failure))
+        for opened in self._open.values():
+            opened.fail(_copy(self._failure))
 
 
 def _copy(error: DiptychError) -> DiptychError:

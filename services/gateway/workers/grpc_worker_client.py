@@ -1,8 +1,7 @@
 """Workers over gRPC: one channel per address, one decode session per incarnation of a worker."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection
-from contextlib import aclosing
+from collections.abc import Callable, Collection
 
 import grpc
 import grpc.aio
@@ -41,11 +40,13 @@ class GrpcWorkerClient:
             raise WorkerLost(f"{worker.worker_id}: the connection was given up") from None
 
     async def decode(
-        self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
-    ) -> AsyncGenerator[DecodeEvent, None]:
-        async with aclosing(self._session(worker).decode(sequence, source)) as events:
-            async for event in events:
-                yield event
+        self,
+        worker: WorkerReport,
+        sequence: Sequence,
+        source: WorkerReport | None,
+        deliver: Callable[[DecodeEvent], None],
+    ) -> None:
+        await self._session(worker).decode(sequence, source, deliver)
 
     def end_choice(self, worker: WorkerReport, sequence: Sequence, choice: int) -> None:
         if session := self._sessions.get(worker.key):

@@ -8,7 +8,7 @@ of the answer. `script` queues faults, each used by the next call of its kind on
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -63,8 +63,12 @@ class MemoryWorkerClient:
             return PrefillResult(self._firsts(sequence), 0, 0.0, 0.0)
 
     async def decode(
-        self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
-    ) -> AsyncGenerator[DecodeEvent, None]:
+        self,
+        worker: WorkerReport,
+        sequence: Sequence,
+        source: WorkerReport | None,
+        deliver: Callable[[DecodeEvent], None],
+    ) -> None:
         with self._call(Call("decode", worker.key, sequence, source.key if source else None)) as call:
             fault = self._next_fault(worker, "decode")
             first = len(sequence.output_ids)
@@ -73,7 +77,7 @@ class MemoryWorkerClient:
                 first += 1
                 going_on -= {token.choice for token in self._firsts(sequence) if token.finish}
             if fault is None or fault.after_tokens:
-                yield Started(0, 0.0, 0, 0.0, 0.0)
+                deliver(Started(0, 0.0, 0, 0.0, 0.0))
             for index in range(first, sequence.sampling.max_tokens):
                 if fault is not None and index - first == fault.after_tokens:
                     await self._suffer(fault, call)
@@ -81,7 +85,7 @@ class MemoryWorkerClient:
                 for choice in sequence.choices:
                     if choice in going_on and (call, choice) not in self.ended_choices:
                         token = self._token(sequence, index, choice)
-                        yield token
+                        deliver(token)
                         if token.finish:
                             going_on.remove(choice)
                 if not going_on:
@@ -120,7 +124,7 @@ class MemoryWorkerClient:
         self.running.append(call)
         try:
             yield call
-        except (asyncio.CancelledError, GeneratorExit):
+        except asyncio.CancelledError:
             self.cancelled.append(call)
             raise
         finally:

@@ -4,7 +4,7 @@ Both calls belong to one attempt of one request. Whoever closes or cancels a cal
 the worker at once; a call that ends by itself has left nothing behind.
 """
 
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
@@ -85,15 +85,19 @@ class WorkerClient(Protocol):
         """The first tokens. With `expect_pull` the KV is kept for the decode worker that pulls it."""
         ...
 
-    def decode(
-        self, worker: WorkerReport, sequence: Sequence, source: WorkerReport | None
-    ) -> AsyncGenerator[DecodeEvent, None]:
-        """Perhaps Reserved, then Started, perhaps PromptLogprobs, then the tokens, up to each choice's one
-        with a finish reason.
+    async def decode(
+        self,
+        worker: WorkerReport,
+        sequence: Sequence,
+        source: WorkerReport | None,
+        deliver: Callable[[DecodeEvent], None],
+    ) -> None:
+        """Perhaps Reserved, then Started, then the tokens, each handed to `deliver` as it comes. Returns
+        after each choice's one with a finish reason.
 
         With a `source` the KV is pulled from there and the first tokens of the attempt are not repeated;
         without, the worker computes the prompt itself. Raises the error that the worker reported, or
-        WorkerLost. To be closed (`contextlib.aclosing`) by whoever stops early.
+        WorkerLost.
         """
         ...
 

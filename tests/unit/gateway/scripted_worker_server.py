@@ -1,7 +1,6 @@
 """The two worker services over gRPC, answered by a MemoryWorkerClient: the far end for client tests."""
 
 import asyncio
-from contextlib import aclosing
 
 from services.core.block_hash import Compatibility
 from services.core.errors import DiptychError, facts
@@ -114,13 +113,14 @@ class ScriptedWorkerServer(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.Deco
             wire = worker_pb2.DecodeEvent(request_id=sequence.request_id, attempt=sequence.attempt, **event)
             outbox.put_nowait(worker_pb2.DecodeEvents(events=[wire]))
 
+        def deliver(event) -> None:
+            if isinstance(event, Started):
+                send(started=worker_pb2.DecodeStarted(cached_tokens=event.cached_tokens))
+            else:
+                send(token=token_to_wire(event))
+
         worker = report("w", "both", epoch=submit.epoch)
         try:
-            async with aclosing(self._memory.decode(worker, sequence, source)) as events:
-                async for event in events:
-                    if isinstance(event, Started):
-                        send(started=worker_pb2.DecodeStarted(cached_tokens=event.cached_tokens))
-                    else:
-                        send(token=token_to_wire(event))
+            await self._memory.decode(worker, sequence, source, deliver)
         except DiptychError as error:
             send(failure=worker_pb2.WorkerFailure(code=facts(error).label, message=error.message))

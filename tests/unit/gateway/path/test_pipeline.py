@@ -25,13 +25,17 @@ STARTED = Started(0, 0.0, 0, 0.0, 0.0)
 
 async def arriving(events):
     for event in events:
-        yield event
+        yield [event]
+
+
+async def flat(bursts) -> list:
+    return [event async for burst in bursts for event in burst]
 
 
 async def ordered(events, next_index: int = 0) -> list:
     choices = Choices(1)
     choices.delivered[0] = [0] * next_index
-    return [event async for event in in_index_order(arriving(events), [0], choices)]
+    return await flat(in_index_order(arriving(events), [0], choices))
 
 
 def tokens_of(events) -> list[int]:
@@ -65,7 +69,7 @@ async def test_each_choice_has_an_order_and_an_end_of_its_own() -> None:
     ends = OutputToken(2, 12, "stop", 0), OutputToken(2, 22, "length", 1)
     events = [OutputToken(1, 21, None, 1), PrefillResult(firsts, 0, 0.0, 0.0), ends[0]]
     events += [OutputToken(1, 11, None, 0), OutputToken(3, 13, None, 0), ends[1], OutputToken(3, 23, None, 1)]
-    found = [event async for event in in_index_order(arriving(events), [0, 1], choices)]
+    found = await flat(in_index_order(arriving(events), [0, 1], choices))
     assert [(e.choice, e.token) for e in found if isinstance(e, OutputToken)] == [
         *((0, 10), (1, 20), (1, 21), (0, 11), (0, 12), (1, 22))
     ]
@@ -77,11 +81,22 @@ async def test_an_attempt_ends_with_the_last_choice_that_somebody_wants() -> Non
     choices.close(2)
     given = []
     events = [OutputToken(index, index, None, choice) for index in range(5) for choice in range(3)]
-    async for token in in_index_order(arriving(events), [0, 1, 2], choices):
+    async for [token] in in_index_order(arriving(events), [0, 1, 2], choices):
         given.append((token.choice, token.index))
         if token.index == 1 + token.choice:
             choices.close(token.choice)
     assert given == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2)]
+
+
+async def test_what_comes_in_one_burst_leaves_in_one() -> None:
+    first = PrefillResult((OutputToken(0, 50),), 3, 1.0, 2.0)
+
+    async def at_once():
+        yield [STARTED, OutputToken(1, 51), first, OutputToken(2, 52)]
+        yield [OutputToken(3, 53, "length"), OutputToken(4, 54)]
+
+    bursts = [burst async for burst in in_index_order(at_once(), [0], Choices(1))]
+    assert [tokens_of(burst) for burst in bursts] == [[0, 1, 2], [3]]
 
 
 @given(st.lists(st.integers(0, 8), max_size=40), st.integers(0, 4))
@@ -99,7 +114,7 @@ class World(GatewayParts):
     async def attempt(self, *reports, excluded=(), **sampling) -> list:
         await self.hear(*reports)
         async with aclosing(self.events([1, 2, 3], excluded, **sampling)) as events:
-            return [event async for event in events]
+            return await flat(events)
 
     def events(self, prompt_ids, excluded=(), **sampling) -> AsyncGenerator:
         wanted = msgspec.structs.replace(sequence(**sampling), prompt_ids=prompt_ids)
@@ -165,7 +180,8 @@ BUSY = report("busy", "prefill", queued_prefill_tokens=300)  # its queue is shor
 async def routed(world: World, prompt_ids) -> str:
     """Where a request goes that leaves at once."""
     async with aclosing(world.events(prompt_ids)) as events:
-        return (await anext(events)).prefill.worker_id
+        [placement] = await anext(events)
+        return placement.prefill.worker_id
 
 
 async def test_a_prefix_that_is_being_computed_draws_requests_until_it_fails() -> None:
@@ -173,7 +189,7 @@ async def test_a_prefix_that_is_being_computed_draws_requests_until_it_fails() -
     await world.hear(P, D, BUSY)
     world.workers.script("p", "prefill", Fault())
     async with aclosing(world.events(PROMPT)) as computing:
-        assert (await anext(computing)).prefill == P
+        assert [placement.prefill for placement in await anext(computing)] == [P]
         assert await routed(world, [*PROMPT[:480], 7, 7, 7]) == "p", (
             "its queue is 500 tokens, 480 of them ours"
         )
@@ -188,6 +204,6 @@ async def test_what_an_attempt_has_computed_counts_before_any_report_or_index_te
     world = World()
     await world.hear(P, D, BUSY)
     async with aclosing(world.events(PROMPT)) as events:
-        assert tokens_of([event async for event in events]) == [0, 1, 2]
+        assert tokens_of(await flat(events)) == [0, 1, 2]
     located = await world.view.locate(PROMPT, "")
     assert (located.cached, located.coming) == ({"p": 496, "d": 496, "busy": 0}, {})

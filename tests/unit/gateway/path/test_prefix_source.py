@@ -44,7 +44,7 @@ class Cluster(GatewayParts):
         await self.index.publish(self.reports["warm"].key, hashes, [])
         await self.hear(*self.reports.values())
         ticket = self.ticket(sequence(), excluded)
-        events = [event async for event in self.pipeline.attempt(ticket)]
+        events = [event async for burst in self.pipeline.attempt(ticket) for event in burst]
         assert not any(isinstance(event, AttemptFailed) for event in events)
         return events[0]
 

@@ -70,7 +70,7 @@ async def test_the_workers_are_let_go_before_the_last_delta(tokenizer) -> None:
         nonlocal closed
         try:
             for index, token in enumerate(tokenizer.encode("a b c STOP d e f", add_special_tokens=False)):
-                yield OutputToken(index, token)
+                yield [OutputToken(index, token)]
         finally:
             closed = True
 
@@ -78,7 +78,7 @@ async def test_the_workers_are_let_go_before_the_last_delta(tokenizer) -> None:
     text = AnswerText(Detokenizer(TokenBytes(tokenizer.backend)), StopMatcher(["STOP"]), 0)
     journal._timeline.stage = "decoding"  # where an answer's tokens arrive
     async with aclosing(answer(events(), [text], Choices(1), journal)) as deltas:
-        async for delta in deltas:
+        async for [delta] in deltas:
             assert closed == (delta.finish is not None)
     assert closed
 
@@ -89,13 +89,13 @@ async def test_tokens_that_cross_the_end_of_their_choice_are_not_counted(tokeniz
 
     async def events():
         for index in range(3):
-            yield OutputToken(index, stop, None if index < 2 else "length", choice=0)
-            yield OutputToken(index, other, None if index < 2 else "length", choice=1)
+            yield [OutputToken(index, stop, None if index < 2 else "length", choice=0)]
+            yield [OutputToken(index, other, None if index < 2 else "length", choice=1)]
 
     journal = Journal(ManualClock(), GatewayMetrics(), 0.0)
     texts = [AnswerText(Detokenizer(TokenBytes(tokenizer.backend)), StopMatcher(["ST"]), 0) for _ in range(2)]
     async with aclosing(answer(events(), texts, choices := Choices(2), journal)) as deltas:
-        finishes = [(delta.choice, delta.finish) async for delta in deltas if delta.finish]
+        finishes = [(d.choice, d.finish) async for burst in deltas for d in burst if d.finish]
     assert finishes == [(0, "stop"), (1, "length")]
     assert journal.usage.completion_tokens == 1 + 3
     assert not choices.goes_on(0)

@@ -5,8 +5,10 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from services.core.child_tasks import ChildTasks
 from services.core.errors import BadRequest, EngineFailed, KvSourceLost, Overloaded, WorkerLost
 from services.core.sampling import SamplingParams
+from services.gateway.path.inbox import Inbox
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.gateway.workers.memory_worker_client import Fault, MemoryWorkerClient
 from services.gateway.workers.worker_client import OutputToken, Sequence, Started
@@ -51,6 +53,20 @@ async def grpc_cluster():
     await server.stop()
 
 
+async def decoded(client, *arguments):
+    """The events of one call as a generator; closing it cancels the call."""
+    arrived = Inbox()
+    async with ChildTasks() as tasks:
+        call = tasks.start(client.decode(*arguments, arrived.put))
+        call.add_done_callback(arrived.put)
+        while True:
+            for event in await arrived.take():
+                if event is call:
+                    call.result()
+                    return
+                yield event
+
+
 async def collect(events) -> list:
     async with aclosing(events):
         return [event async for event in events]
@@ -86,7 +102,7 @@ class TestWorkerClient:
 
     async def test_decode_ends_when_every_choice_has_ended(self, cluster) -> None:
         client, behind, worker = cluster
-        _, *tokens = await collect(client.decode(worker, sequence(choices=(0, 2), ends=(15,)), None))
+        _, *tokens = await collect(decoded(client, worker, sequence(choices=(0, 2), ends=(15,)), None))
         assert [token.token for token in tokens if token.choice == 0] == ANSWER
         assert [token.token for token in tokens if token.choice == 2] == [13, 14, 15]
         assert [token.finish for token in tokens if token.finish] == ["stop", "stop"]
@@ -97,7 +113,7 @@ class TestWorkerClient:
         client, behind, worker = cluster
         behind.script("w", "decode", hanging := Fault(None, after_tokens=1))
         one = sequence(choices=(0, 1, 2))
-        async with aclosing(client.decode(worker, one, None)) as events:
+        async with aclosing(decoded(client, worker, one, None)) as events:
             for _ in range(4):  # Started, and one token of each
                 await anext(events)
             client.end_choice(worker, one, 1)
@@ -108,14 +124,14 @@ class TestWorkerClient:
 
     async def test_ending_a_choice_of_a_call_that_is_over_is_harmless(self, cluster) -> None:
         client, behind, worker = cluster
-        await collect(client.decode(worker, sequence(choices=(0, 1)), None))
+        await collect(decoded(client, worker, sequence(choices=(0, 1)), None))
         client.end_choice(worker, sequence(choices=(0, 1)), 1)
-        assert len(await collect(client.decode(worker, sequence("next"), None))) == 6
+        assert len(await collect(decoded(client, worker, sequence("next"), None))) == 6
         assert behind.ended_choices == []
 
     async def test_decode_alone_gives_started_and_all_tokens(self, cluster) -> None:
         client, _, worker = cluster
-        started, *tokens = await collect(client.decode(worker, sequence(), None))
+        started, *tokens = await collect(decoded(client, worker, sequence(), None))
         assert isinstance(started, Started)
         assert [token.token for token in tokens] == ANSWER
         assert [token.finish for token in tokens] == [None] * 4 + ["length"]
@@ -123,14 +139,14 @@ class TestWorkerClient:
     async def test_decode_from_a_source_starts_at_the_second_token(self, cluster) -> None:
         client, behind, worker = cluster
         source = report("p", "prefill", epoch=77)
-        _, *tokens = await collect(client.decode(worker, sequence(), source))
+        _, *tokens = await collect(decoded(client, worker, sequence(), source))
         assert [(token.index, token.token) for token in tokens] == list(enumerate(ANSWER))[1:]
         assert behind.calls[0].source == source.key
 
     async def test_the_worker_gets_the_sequence_unchanged(self, cluster) -> None:
         client, behind, worker = cluster
         await client.prefill(worker, sequence(outputs=3, ends=(2, 3)), expect_pull=True)
-        await collect(client.decode(worker, sequence("other", outputs=1), None))
+        await collect(decoded(client, worker, sequence("other", outputs=1), None))
         assert behind.calls[0].sequence == sequence(outputs=3, ends=(2, 3))
         assert behind.calls[1].sequence == sequence("other", outputs=1)
 
@@ -145,7 +161,7 @@ class TestWorkerClient:
     async def test_a_failing_decode_raises_the_worker_s_error_after_its_tokens(self, cluster, tokens) -> None:
         client, behind, worker = cluster
         behind.script("w", "decode", Fault(KvSourceLost("gone"), after_tokens=tokens))
-        events = client.decode(worker, sequence(), None)
+        events = decoded(client, worker, sequence(), None)
         received = [await anext(events) for _ in range(tokens + (tokens > 0))]
         assert [event.token for event in received if isinstance(event, OutputToken)] == ANSWER[:tokens]
         with pytest.raises(KvSourceLost, match="gone"):
@@ -154,14 +170,14 @@ class TestWorkerClient:
     async def test_one_failing_sequence_leaves_the_others_alone(self, cluster) -> None:
         client, behind, worker = cluster
         behind.script("w", "decode", Fault(EngineFailed("mine")))
-        first = client.decode(worker, sequence("first"), None)
+        first = decoded(client, worker, sequence("first"), None)
         with pytest.raises(EngineFailed):
             await anext(first)
-        assert len(await collect(client.decode(worker, sequence("second"), None))) == 6
+        assert len(await collect(decoded(client, worker, sequence("second"), None))) == 6
 
     async def test_many_sequences_do_not_mix(self, cluster) -> None:
         client, _, worker = cluster
-        runs = [collect(client.decode(worker, sequence(f"r{n}", max_tokens=n), None)) for n in range(1, 20)]
+        runs = [collect(decoded(client, worker, sequence(f"r{n}", max_tokens=n), None)) for n in range(1, 20)]
         results = await asyncio.gather(*runs)
         assert [len(result) - 1 for result in results] == list(range(1, 20))
 
@@ -178,7 +194,7 @@ class TestWorkerClient:
     async def test_closing_a_decode_cancels_it_on_the_worker(self, cluster) -> None:
         client, behind, worker = cluster
         behind.script("w", "decode", Fault(None, after_tokens=2))
-        async with aclosing(client.decode(worker, sequence(), None)) as events:
+        async with aclosing(decoded(client, worker, sequence(), None)) as events:
             assert isinstance(await anext(events), Started)
             assert await anext(events) == OutputToken(0, 11)
             assert behind.running
@@ -186,8 +202,8 @@ class TestWorkerClient:
 
     async def test_a_finished_decode_is_not_cancelled(self, cluster) -> None:
         client, behind, worker = cluster
-        await collect(client.decode(worker, sequence("first"), None))
-        await collect(client.decode(worker, sequence("second"), None))  # any cancel would come before
+        await collect(decoded(client, worker, sequence("first"), None))
+        await collect(decoded(client, worker, sequence("second"), None))  # any cancel would come before
         assert behind.cancelled == []
 
     async def test_calls_to_a_worker_that_left_end_as_worker_lost(self, cluster) -> None:
@@ -195,7 +211,7 @@ class TestWorkerClient:
         behind.script("w", "prefill", Fault(None))
         behind.script("w", "decode", Fault(None, after_tokens=1))
         prefill = asyncio.create_task(client.prefill(worker, sequence("p"), expect_pull=True))
-        decode = asyncio.create_task(collect(client.decode(worker, sequence("d"), None)))
+        decode = asyncio.create_task(collect(decoded(client, worker, sequence("d"), None)))
         await until(lambda: len(behind.running) == 2)
         await client.keep_only([])
         results = await asyncio.gather(prefill, decode, return_exceptions=True)
@@ -205,12 +221,12 @@ class TestWorkerClient:
     async def test_a_worker_that_stays_keeps_its_calls(self, cluster) -> None:
         client, behind, worker = cluster
         behind.script("w", "decode", Fault(None, after_tokens=1))
-        decode = client.decode(worker, sequence(), None)
+        decode = decoded(client, worker, sequence(), None)
         await anext(decode)
         await client.keep_only([worker])
         assert await anext(decode) == OutputToken(0, 11)
         await decode.aclose()
-        assert len(await collect(client.decode(worker, sequence("again"), None))) == 6
+        assert len(await collect(decoded(client, worker, sequence("again"), None))) == 6
 
 
 class TestGrpcSession:
@@ -221,7 +237,7 @@ class TestGrpcSession:
         )
         await server.start()
         worker = report("w", "both", address=server.address)
-        await asyncio.gather(*[collect(client.decode(worker, sequence(str(n)), None)) for n in range(5)])
+        await asyncio.gather(*[collect(decoded(client, worker, sequence(str(n)), None)) for n in range(5)])
         assert server.sessions_opened == 1
         await client.close()
         await server.stop()
@@ -232,7 +248,9 @@ class TestGrpcSession:
         await server.start()
         worker = report("w", "both", address=server.address)
         behind.script("w", "decode", Fault(None, after_tokens=1), Fault(None))
-        runs = [asyncio.create_task(collect(client.decode(worker, sequence(str(n)), None))) for n in range(2)]
+        runs = [
+            asyncio.create_task(collect(decoded(client, worker, sequence(str(n)), None))) for n in range(2)
+        ]
         await until(lambda: len(behind.running) == 2)
         await server.stop()
         results = await asyncio.gather(*runs, return_exceptions=True)
@@ -246,10 +264,10 @@ class TestGrpcSession:
         server = ScriptedWorkerServer(behind)
         await server.start()
         worker = report("w", "both", address=server.address)
-        await collect(client.decode(worker, sequence("before"), None))
+        await collect(decoded(client, worker, sequence("before"), None))
         client._sessions[worker.key]._call.cancel()  # what a reset connection looks like
         await until(lambda: client._sessions[worker.key].over)
-        assert len(await collect(client.decode(worker, sequence("after"), None))) == 6
+        assert len(await collect(decoded(client, worker, sequence("after"), None))) == 6
         assert server.sessions_opened == 2
         await client.close()
         await server.stop()
