@@ -34,7 +34,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Ids beyond the vocabulary, which a padded embedding can sample, decode to nothing."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        # A batch of one for the same reason.
+        return self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def render_chat(
         self, messages: list[dict[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any

@@ -1,6 +1,7 @@
 """The HTTP routes: OpenAI's API, health and metrics."""
 
 import time
+from importlib import metadata
 from typing import Any
 
 import msgspec
@@ -8,7 +9,7 @@ from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
-from services.core.errors import UnknownModel
+from services.core.errors import BadRequest, UnknownModel
 from services.gateway.api.edge import Edge
 from services.gateway.api.exchange import Exchange
 from services.gateway.api.http_errors import install_error_handlers
@@ -20,12 +21,21 @@ from services.gateway.api.responses import (
     Model,
     ModelList,
     RouteAnswer,
+    Version,
 )
 from services.gateway.api.schema import (
     AnyRequest,
     ChatCompletionRequest,
     CompletionRequest,
+    EmbeddingsRequest,
     GenerationRequest,
+)
+from services.gateway.api.tokenization import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenization,
+    Tokenized,
+    TokenizeRequest,
 )
 from services.gateway.door.tenant import Tenant
 from services.gateway.gateway import Gateway
@@ -51,6 +61,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     install_error_handlers(app, gateway.metrics, ENDPOINTS)
     _add_generation(app, gateway)
     _add_explanation(app, gateway)
+    _add_tokenization(app, gateway)
     _add_models(app, gateway)
     _add_operation(app, gateway)
     return app
@@ -82,6 +93,26 @@ def _add_explanation(app: FastAPI, gateway: Gateway) -> None:
     async def explain(body: AnyRequest, http: Request) -> RouteAnswer:
         """Where a request with this body would go now, and why. Nothing is computed or reserved for it."""
         return await gateway.explain(body, Tenant.of(http.headers.get("authorization")))
+
+
+def _add_tokenization(app: FastAPI, gateway: Gateway) -> None:
+    tokenization = Tokenization(gateway)
+
+    @app.post("/tokenize", response_model=Tokenized, responses=_ERRORS, dependencies=[_KEY])
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The token ids of a text, or of a chat as the model's template writes it."""
+        return await tokenization.tokenize(body)
+
+    @app.post("/detokenize", response_model=Detokenized, responses=_ERRORS, dependencies=[_KEY])
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text that token ids stand for, special tokens written out."""
+        return await tokenization.detokenize(body)
+
+    @app.post("/v1/embeddings", responses=_ERRORS, dependencies=[_KEY], status_code=400)
+    async def embeddings(body: EmbeddingsRequest) -> None:
+        """Always refused: models that write answers do not embed."""
+        gateway.prompts.check_model(body.model)
+        raise BadRequest(f"The model '{body.model}' writes answers; it gives no embeddings.", "model")
 
 
 def _add_models(app: FastAPI, gateway: Gateway) -> None:
@@ -120,6 +151,10 @@ def _add_operation(app: FastAPI, gateway: Gateway) -> None:
             return JSONResponse({"status": "ready"})
         reason = "draining" if gateway.draining else "no decode worker is ready"
         return JSONResponse({"status": reason}, status_code=503)
+
+    @app.get("/version")
+    async def version() -> Version:
+        return Version(version=metadata.version("diptych"))
 
     @app.get("/v1/cluster", include_in_schema=False)
     async def cluster() -> Response:

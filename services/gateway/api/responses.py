@@ -179,6 +179,10 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Version(BaseModel):
+    version: str
+
+
 class ErrorDetails(BaseModel):
     message: str
     type: str

@@ -11,6 +11,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -56,7 +57,8 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 _HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
 _TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
-PROMPTS_MAX = 2048  # in one request, whatever the gateway's settings: bounds what checking them takes
+# In one request, whatever the gateway's settings. An object takes about 5 microseconds to check.
+PROMPTS_MAX = MESSAGES_MAX = PARTS_MAX = 2048  # of messages OpenAI takes as many
 
 
 def _unicode(text: str) -> str:
@@ -207,7 +209,19 @@ class GenerationRequest(Body):
 class ChatPrompt(Body):
     """What the prompt of a chat is made of."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few_parts(cls, messages: object) -> object:
+        if isinstance(messages, list) and sum(map(_parts, messages[:MESSAGES_MAX])) > PARTS_MAX:
+            raise ValueError(f"the messages have more than {PARTS_MAX} parts in all")
+        return messages
+
+
+def _parts(message: object) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    return len(content) if isinstance(content, list) else 0
 
 
 class ChatCompletionRequest(GenerationRequest, ChatPrompt):
@@ -243,16 +257,20 @@ class CompletionRequest(GenerationRequest):
         return _kind_of_prompt(self.prompt) == "prompts"
 
 
+class EmbeddingsRequest(Body):
+    model: str
+
+
 # What pydantic calls the two in the locations of errors; no field of a request is named so.
 CHAT, COMPLETION = "(chat)", "(completion)"
 
 
-def _kind(body: object) -> str:
+def kind_of_request(body: object) -> str:
     """Which of the two a body is meant to be, so that its errors are those of that one."""
     return CHAT if isinstance(body, dict) and "messages" in body else COMPLETION
 
 
 AnyRequest = Annotated[
     Annotated[ChatCompletionRequest, Tag(CHAT)] | Annotated[CompletionRequest, Tag(COMPLETION)],
-    Discriminator(_kind),
+    Discriminator(kind_of_request),
 ]

@@ -128,7 +128,7 @@ class PromptReader:
         return [
             next(tokenized)
             if isinstance(prompt, str)
-            else self._checked(prompt, _prompt_param(request, number))
+            else self.checked(prompt, _prompt_param(request, number))
             for number, prompt in enumerate(request.prompts)
         ]
 
@@ -191,7 +191,7 @@ class PromptReader:
         """All but the seed."""
         if (request.min_tokens or 0) > max_tokens:
             raise BadRequest(f"'min_tokens' is above the answer's limit of {max_tokens}.", "min_tokens")
-        stop_ids = self._checked(request.stop_token_ids or [], "stop_token_ids")
+        stop_ids = self.checked(request.stop_token_ids or [], "stop_token_ids")
         end_ids = set() if request.ignore_eos else self.model.tokenizer.end_token_ids
         return SamplingParams(
             max_tokens=max_tokens,
@@ -206,7 +206,8 @@ class PromptReader:
             end_token_ids=tuple(sorted(end_ids | set(stop_ids))),
         )
 
-    def _checked(self, ids: list[int], param: str) -> list[int]:
+    def checked(self, ids: list[int], param: str) -> list[int]:
+        """Raises BadRequest for an id that the model does not have."""
         outside = max(ids, default=0)
         if outside >= self.model.tokenizer.vocab_size:
             raise BadRequest(

@@ -69,6 +69,8 @@ BAD_CHAT = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": ""}] * 2049}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 500}] * 5}, "messages"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ({"messages": [{"content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
