@@ -8,7 +8,10 @@ A key that no field has, and a value of the wrong type, are errors that name the
 mistake must never become a silent default.
 
 Fields may be str, int, float, bool, Path, a Literal, or one of these or None. Each says what it is
-for in `metadata={"help": ...}`; a number may be limited with `"range": (least, most)` beside it.
+for in `metadata={"help": ...}`; a number may be limited with `"range": (least, most)` beside it. One with
+`"secret": True` has no flag, since everybody on a machine can read command lines, and is never shown.
+
+A section that several services share has flags of its own name: --cluster-ca is `ca` in [cluster].
 """
 
 import argparse
@@ -48,31 +51,37 @@ def load_config(
     file: Path | None = None,
     environ: Mapping[str, str],
     flags: Mapping[str, object],
+    prefix: str = "",
 ) -> T:
-    """A `kind` from its three sources. `flags` maps field names to values, those not given left out.
+    """A `kind` from its three sources. `flags` maps field names to values, those not given left out;
+    `prefix` is what their flags begin with (see add_flags).
 
     Raises ConfigError for an unknown key, a value of the wrong type or out of its range, a missing
     required field, and a file that cannot be read or parsed.
     """
     hints = get_type_hints(kind)
     values: dict[str, object] = {}
-    for setting in _settings(kind, section, file, environ, flags):
+    for setting in _settings(section, file, environ, flags, prefix):
         if setting.field not in _names(kind):
             raise ConfigError(f"{setting.source}: unknown setting {setting.key!r}{_hint(kind, setting)}")
-        values[setting.field] = _convert(setting, hints[setting.field])
-        _check_range(setting, values[setting.field], kind.__dataclass_fields__[setting.field])
+        field = kind.__dataclass_fields__[setting.field]
+        values[setting.field] = _convert(setting, hints[setting.field], bool(field.metadata.get("secret")))
+        _check_range(setting, values[setting.field], field)
     for field in fields(kind):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{field.name} is required: {_ways_to_set(section, field.name)}")
     return kind(**values)
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type["DataclassInstance"]) -> None:
-    """One --field-name per field of `kind`. Flags not given are absent from the parsed namespace,
-    and values stay strings: `load_config` converts them, so each source gives the same errors."""
+def add_flags(parser: argparse.ArgumentParser, kind: type["DataclassInstance"], prefix: str = "") -> None:
+    """One --field-name per field of `kind` that is no secret, or --PREFIX-field-name. Flags not given are
+    absent from the parsed namespace, and values stay strings: `load_config` converts them, so each source
+    gives the same errors."""
     hints = get_type_hints(kind)
     for field in fields(kind):
-        flag, text = _flag(field.name), _help(field)
+        if field.metadata.get("secret"):
+            continue
+        flag, text = _flag(prefix + field.name), _help(field)
         if _without_none(hints[field.name]) is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
@@ -81,28 +90,27 @@ def add_flags(parser: argparse.ArgumentParser, kind: type["DataclassInstance"]) 
             parser.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
-def given_flags(kind: type["DataclassInstance"], parsed: argparse.Namespace) -> dict[str, object]:
+def given_flags(
+    kind: type["DataclassInstance"], parsed: argparse.Namespace, prefix: str = ""
+) -> dict[str, object]:
     """Those of `parsed` that are fields of `kind` and were given: the `flags` of load_config."""
-    return {name: value for name, value in vars(parsed).items() if name in _names(kind)}
+    given = vars(parsed)
+    return {name: given[prefix + name] for name in _names(kind) if prefix + name in given}
 
 
 def _settings(
-    kind: type["DataclassInstance"],
-    section: str,
-    file: Path | None,
-    environ: Mapping[str, str],
-    flags: Mapping[str, object],
+    section: str, file: Path | None, environ: Mapping[str, str], flags: Mapping[str, object], prefix: str
 ) -> Iterator[Setting]:
     """All settings, the weakest source first."""
     if file is not None:
         for name, value in _table(file, section).items():
             yield Setting(name, value, name, f"{file} [{section}]", is_text=False)
-    prefix = f"DIPTYCH_{section.upper()}__"
+    ours = f"DIPTYCH_{section.upper()}__"
     for variable, text in sorted(environ.items()):
-        if variable.startswith(prefix):
-            yield Setting(variable.removeprefix(prefix).lower(), text, variable, "environment", is_text=True)
+        if variable.startswith(ours):
+            yield Setting(variable.removeprefix(ours).lower(), text, variable, "environment", is_text=True)
     for name, value in flags.items():
-        yield Setting(name, value, _flag(name), "command line", is_text=isinstance(value, str))
+        yield Setting(name, value, _flag(prefix + name), "command line", is_text=isinstance(value, str))
 
 
 def _table(file: Path, section: str) -> dict[str, Any]:
@@ -122,14 +130,12 @@ def _table(file: Path, section: str) -> dict[str, Any]:
     return table
 
 
-def _convert(setting: Setting, hint: Any) -> object:
+def _convert(setting: Setting, hint: Any, secret: bool) -> object:
     try:
         return msgspec.convert(setting.value, hint, strict=not setting.is_text, dec_hook=_to_path)
     except (msgspec.ValidationError, TypeError) as error:
-        wanted = _type_name(hint)
-        raise ConfigError(
-            f"{setting.source}: {setting.key} must be {wanted}, not {setting.value!r}"
-        ) from error
+        wanted, found = _type_name(hint), "what it is" if secret else repr(setting.value)
+        raise ConfigError(f"{setting.source}: {setting.key} must be {wanted}, not {found}") from error
 
 
 def _check_range(setting: Setting, value: Any, field: Field[Any]) -> None:

@@ -6,6 +6,7 @@
     ├── Overloaded          no room now; try again after `retry_after_s`
     ├── NoWorker            no live worker can take the request
     ├── WorkerLost          a worker or the connection to it died
+    ├── PeerRefused         a worker does not take the caller, or the caller not it, for one of its cluster
     ├── Draining            a worker is about to stop and sends its work elsewhere
     ├── RoleChanged         a worker no longer does this kind of work
     ├── StoreUnavailable    Redis does not answer; index and membership are blind for now
@@ -64,6 +65,10 @@ class NoWorker(DiptychError):
 
 
 class WorkerLost(DiptychError):
+    pass
+
+
+class PeerRefused(DiptychError):
     pass
 
 
@@ -155,6 +160,7 @@ FACTS: dict[type[DiptychError], Facts] = {
     Overloaded: Facts(429, "RESOURCE_EXHAUSTED", True, "overloaded"),
     NoWorker: Facts(503, "UNAVAILABLE", True, "no_worker"),
     WorkerLost: Facts(503, "UNAVAILABLE", True, "worker_lost"),
+    PeerRefused: Facts(503, "UNAUTHENTICATED", True, "peer_refused"),
     Draining: Facts(503, "UNAVAILABLE", True, "draining"),
     RoleChanged: Facts(503, "UNAVAILABLE", True, "role_changed"),
     StoreUnavailable: Facts(503, "UNAVAILABLE", True, "store_unavailable"),

@@ -24,6 +24,8 @@ from services.index.redis_index import RedisPrefixIndex
 from services.membership.redis_membership import RedisMembership
 from services.model.files import open_model
 from services.model.pull import ensure_default_model
+from services.wire.channel import TCP, Network
+from services.wire.cluster_lock import ClusterLock, lock_network
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +41,20 @@ class Server(uvicorn.Server):
         yield
 
 
-def run(config: GatewayConfig) -> None:
+def run(config: GatewayConfig, lock: ClusterLock) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError and ModelFileError before anything listens."""
     setup_logging("gateway", level=config.log_level)
-    uvloop.run(serve(config))
+    uvloop.run(serve(config, lock_network(lock)))
 
 
-async def serve(config: GatewayConfig) -> None:
+async def serve(config: GatewayConfig, network: Network = TCP) -> None:
     """Run one gateway in the present event loop; see `run`."""
     if not config.redis:
         raise ConfigError("the gateway needs --redis URL: the Redis that the workers announce themselves in")
     with _listening_socket(config.host, config.port) as listener:
         model = await asyncio.to_thread(_load_model, config)
         membership, index = RedisMembership(config.redis), RedisPrefixIndex(config.redis)
-        workers = GrpcWorkerClient()
+        workers = GrpcWorkerClient(network)
         try:
             await _serve(Gateway(config, model, membership, index, workers, SystemClock()), listener)
         finally:

@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.core.clock import SystemClock
@@ -23,6 +23,7 @@ from services.launch.readiness import PROBE_EVERY_SECONDS, GatewayReadiness, Wor
 from services.launch.store_process import StoreProcess
 from services.launch.supervisor import Part, keep_running, start_until_ready
 from services.membership.redis_membership import RedisMembership
+from services.wire.cluster_lock import ClusterLock
 
 # A cold start reads hundreds of megabytes and imports torch, perhaps from a slow disk.
 READY_TIMEOUT_SECONDS = 300.0
@@ -47,6 +48,7 @@ class ClusterPlan:
     config: Path | None = None
     route_split: str = ""  # empty: the gateway's own setting
     policy: str = ""  # the same
+    lock: ClusterLock = field(default_factory=ClusterLock)
 
     @property
     def gateway_url(self) -> str:
@@ -160,9 +162,9 @@ class LocalCluster:
         return ["--model", str(self._plan.model), *config]
 
     def _environment(self, section: str) -> dict[str, str]:
-        """The URL of Redis goes here, not into a flag: it may carry a password, and every user of
-        this machine can read command lines."""
-        return {**_log_format(), f"DIPTYCH_{section.upper()}__REDIS": self.redis_url}
+        """Secrets go here, not into flags: every user of this machine can read command lines."""
+        secret = {"DIPTYCH_CLUSTER__TOKEN": self._plan.lock.token} if self._plan.lock.token else {}
+        return {**_log_format(), f"DIPTYCH_{section.upper()}__REDIS": self.redis_url, **secret}
 
     def _log(self, name: str) -> Path | None:
         """The part's log file, empty; that of the previous cluster stays as NAME.log.1."""

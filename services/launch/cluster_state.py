@@ -12,14 +12,16 @@ class ClusterState(msgspec.Struct, frozen=True):
     gateway_url: str  # http://host:port, without /v1
     redis_url: str
     pid: int  # of `diptych up`
+    lock: dict[str, str] = {}  # settings of section [cluster] that reach its workers
 
 
 def write_state(state: ClusterState) -> None:
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
-    fresh.write_bytes(msgspec.json.encode(state))
-    fresh.chmod(0o600)  # the Redis URL may carry a password
+    fresh.unlink(missing_ok=True)
+    with open(fresh, "xb", opener=_for_its_owner) as file:
+        file.write(msgspec.json.encode(state))
     os.replace(fresh, path)
 
 
@@ -37,6 +39,11 @@ def remove_state(state: ClusterState) -> None:
     """Remove what write_state wrote, unless a later cluster has replaced it."""
     if read_state() == state:
         _path().unlink(missing_ok=True)
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    """The Redis URL has a password, and the lock may be a token."""
+    return os.open(path, flags, 0o600)
 
 
 def _path() -> Path:

@@ -13,6 +13,7 @@ from services.core.errors import WorkerLost
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.cores import usable_cores
 from services.launch.display import Display
+from services.launch.lock import load_lock, lock_of_its_own
 from services.launch.model import resolve_model
 from services.launch.openai_client import Message, OpenAiClient, text_of
 from services.launch.signals import run_until_signal
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         logs=diptych_home() / "logs" / "demo",
         # Such a short prompt would go to the decode worker alone; here both shall be seen at work.
         route_split="always",
+        lock=lock_of_its_own(load_lock(arguments)),
     )
     display.line(describe_threads(plan, usable_cores()))
     try:

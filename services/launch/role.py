@@ -11,7 +11,10 @@ from typing import get_args
 
 from services.core.errors import NoWorker
 from services.core.worker_report import Role, WorkerReport, has_part
+from services.launch.cluster_state import read_state
+from services.launch.lock import add_lock_flags, load_lock, lock_from_state
 from services.launch.reports import add_source_flags, read_reports
+from services.wire.cluster_lock import ClusterLock, lock_network
 from services.wire.control import set_role
 
 ANSWER_TIMEOUT_SECONDS = 5.0
@@ -22,6 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("worker", metavar="WORKER", help="its name, as `diptych status` shows it")
     parser.add_argument("role", choices=get_args(Role), help="what it is to do from now on")
     add_source_flags(parser)
+    add_lock_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -29,11 +33,24 @@ def run(arguments: argparse.Namespace) -> int:
     reports = read_reports(arguments)
     worker = find(reports, arguments.worker)
     role: Role = arguments.role
-    previous = asyncio.run(set_role(worker.address, worker.worker_id, role, ANSWER_TIMEOUT_SECONDS))
+    previous = asyncio.run(_set_role(_lock(arguments), worker, role))
     print(f"{worker.worker_id}: {previous} -> {role}")
     if not decodes_without(reports, worker, role):
         print("warning: no worker decodes now; requests wait for one", file=sys.stderr)
     return 0
+
+
+async def _set_role(lock: ClusterLock, worker: WorkerReport, role: Role) -> str:
+    network = lock_network(lock)
+    return await set_role(network, worker.address, worker.worker_id, role, ANSWER_TIMEOUT_SECONDS)
+
+
+def _lock(arguments: argparse.Namespace) -> ClusterLock:
+    """What was given, or else what the cluster of `diptych up` is known to ask for."""
+    given, state = load_lock(arguments), read_state()
+    if given.is_locked or arguments.redis or arguments.url or state is None:
+        return given
+    return lock_from_state(state.lock)
 
 
 def find(reports: Sequence[WorkerReport], worker_id: str) -> WorkerReport:

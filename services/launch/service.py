@@ -6,6 +6,7 @@ from pathlib import Path
 
 from services.core.config import add_flags, given_flags, load_config
 from services.gateway.config import GatewayConfig
+from services.launch.lock import add_lock_flags, load_lock
 from services.worker.config import WorkerConfig
 
 
@@ -13,7 +14,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     gateway = commands.add_parser("gateway", help="run one gateway: the OpenAI API in front of workers")
     worker = commands.add_parser("worker", help="run one worker: prefill, decode or both")
     for parser in (gateway, worker):
-        parser.add_argument("--config", type=Path, help="TOML file with a [gateway] or [worker] section")
+        parser.add_argument("--config", type=Path, help="TOML file with [gateway], [worker], [cluster]")
+        add_lock_flags(parser)
     add_flags(gateway, GatewayConfig)
     add_flags(worker, WorkerConfig)
     gateway.set_defaults(run=run_gateway)
@@ -26,7 +28,7 @@ def run_gateway(arguments: argparse.Namespace) -> int:
     # Imported here: a gateway must not load torch, nor a worker the web framework.
     from services.gateway.main import run
 
-    run(config)
+    run(config, load_lock(arguments))
     return 0
 
 
@@ -35,5 +37,5 @@ def run_worker(arguments: argparse.Namespace) -> int:
     config = load_config(WorkerConfig, "worker", file=arguments.config, environ=os.environ, flags=flags)
     from services.worker.main import run
 
-    run(config)
+    run(config, load_lock(arguments))
     return 0

@@ -1,5 +1,7 @@
 """The embedded Valkey server as a part of a local cluster: restarted on its port when it dies."""
 
+import secrets
+
 from services.launch.child import exit_code
 from services.store.embedded import EmbeddedValkey
 
@@ -8,7 +10,7 @@ class StoreProcess:
     name = "valkey"
 
     def __init__(self) -> None:
-        self._valkey = EmbeddedValkey()
+        self._valkey = EmbeddedValkey(password=secrets.token_hex(32))
 
     @property
     def url(self) -> str:

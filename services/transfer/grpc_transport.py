@@ -19,6 +19,7 @@ from services.core.errors import (
     KvCorrupt,
     KvLinkLost,
     KvSourceLost,
+    PeerRefused,
     WorkerLost,
 )
 from services.transfer.ahead import ahead
@@ -284,5 +285,5 @@ def _source_error(error: grpc.aio.AioRpcError, source: KvSource) -> DiptychError
         return KvLinkLost(from_rpc_error(error, source.worker_id).message)
     known = from_rpc_error(error, source.worker_id)
     # Its own troubles, which must not pass for those of the worker that reports them.
-    lost = isinstance(known, WorkerLost | EngineFailed | EngineStalled | Draining)
+    lost = isinstance(known, WorkerLost | EngineFailed | EngineStalled | Draining | PeerRefused)
     return KvSourceLost(known.message) if lost else known

@@ -3,17 +3,18 @@
 import grpc.aio
 
 from services.core.worker_report import Role
-from services.wire.channel import from_rpc_error, open_channel
+from services.wire.channel import Network, from_rpc_error
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 
-async def set_role(address: str, worker_id: str, role: Role, timeout_s: float) -> str:
+async def set_role(network: Network, address: str, worker_id: str, role: Role, timeout_s: float) -> str:
     """Change a worker's role; its previous one.
 
-    Raises WorkerLost if nobody answers at the address, or another worker does.
+    Raises WorkerLost if nobody answers at the address, or another worker does; PeerRefused without what the
+    cluster asks for.
     """
     request = worker_pb2.SetRoleRequest(worker_id=worker_id, role=role)
-    async with open_channel(address) as channel:
+    async with network.open_channel(address) as channel:
         try:
             reply = await worker_pb2_grpc.ControlStub(channel).SetRole(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:

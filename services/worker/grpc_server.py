@@ -17,7 +17,7 @@ from services.transfer.grpc_transport import serve_kv
 from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.server import KvServer
-from services.wire.channel import Network, listen
+from services.wire.channel import Network
 from services.wire.generated import worker_pb2_grpc
 from services.worker.config import WorkerConfig
 from services.worker.control import ControlService
@@ -80,7 +80,7 @@ class WorkerServer:
         self._decode = self._add_decode()
         control = ControlService(self._incarnation, self._on_role)
         worker_pb2_grpc.add_ControlServicer_to_server(control, self._server)
-        self._port = listen(self._server, self._config.host, self._config.port)
+        self._port = self._network.listen(self._server, self._config.host, self._config.port)
         await self._server.start()
 
     def hand_over(self) -> int:

@@ -25,6 +25,7 @@ from services.index.redis_index import RedisPrefixIndex
 from services.membership.protocol import LEASE_S, Membership
 from services.membership.redis_membership import RedisMembership
 from services.wire.channel import TCP, Network
+from services.wire.cluster_lock import ClusterLock, check_reachable, lock_network
 from services.worker.announcer import Announcer
 from services.worker.config import WorkerConfig
 from services.worker.grpc_server import WorkerServer
@@ -40,17 +41,19 @@ _NOTICED_S = 0.4  # then all gateways know that this worker drains; they look ev
 logger = logging.getLogger(__name__)
 
 
-def run(config: WorkerConfig) -> None:
+def run(config: WorkerConfig, lock: ClusterLock) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ModelFileError, ConfigError or EngineFailed."""
     setup_logging("worker")
+    check_reachable(lock, config.host)
+    network = lock_network(lock)
     keep_freed_memory()
     identity = identify(config)
-    asyncio.run(_serve(config, identity))
+    asyncio.run(_serve(config, identity, network))
 
 
-async def _serve(config: WorkerConfig, identity: WorkerIdentity) -> None:
+async def _serve(config: WorkerConfig, identity: WorkerIdentity, network: Network) -> None:
     index, membership = RedisPrefixIndex(config.redis), RedisMembership(config.redis)
-    await Worker(config, identity, Surroundings(index, membership)).serve(*_stop_events())
+    await Worker(config, identity, Surroundings(index, membership, network)).serve(*_stop_events())
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from services.transfer.nixl_source import NixlSource
 from services.transfer.nixl_transport import NixlKvTransport
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import TRANSPORTS, KvTransport
-from services.wire.channel import TCP, Network
+from services.wire.channel import Network
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ async def open_transports(
 ) -> KvTransports:
     """NIXL that is not here is left out with a line in the log. Raises ConfigError if it is all there is."""
     grpc = GrpcKvTransport(compatibility, network)
-    if "nixl" not in names or network is not TCP:  # NIXL would go past any other network
+    if "nixl" not in names or not network.direct:
         return KvTransports(grpc, None)
     try:
         return await _with_nixl(names, worker_id, memory, grpc, clock)

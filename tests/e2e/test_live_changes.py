@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from services.core.worker_report import Role, WorkerReport
+from services.launch.lock import lock_from_state
+from services.wire.cluster_lock import lock_network
 from services.wire.control import set_role
 from tests.e2e.conftest import Clusters
 from tests.e2e.test_failures import KILL_AFTER, PROMPT, TOKENS, busy_worker, check_undisturbed, streamed
@@ -178,5 +180,6 @@ async def test_roles_change_under_load_and_no_request_fails(cluster: RunningClus
 async def change_role(cluster: RunningCluster, worker: str, role: Role) -> None:
     """As `diptych role` does it; returns when the cluster has heard of it."""
     address = (await reported(cluster, worker, lambda report: True)).address
-    await set_role(address, worker, role, timeout_s=5.0)
+    network = lock_network(lock_from_state(cluster.state.lock))
+    await set_role(network, address, worker, role, timeout_s=5.0)
     await reported(cluster, worker, lambda report: report.role == role, timeout_s=1.0)

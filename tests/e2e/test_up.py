@@ -1,5 +1,6 @@
 """`diptych up` as a person meets it: one command, a real model, an answer, a clean end."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -7,11 +8,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from redis import Redis
+from redis.exceptions import AuthenticationError
 
+from services.core.errors import PeerRefused
+from services.core.worker_report import WorkerReport
 from services.launch.cluster_state import ClusterState, read_state
+from services.membership.redis_membership import RedisMembership
+from services.wire.channel import TCP
+from services.wire.control import set_role
 
 
 class Up:
@@ -108,6 +117,34 @@ def test_status_shows_both_workers_from_redis_and_from_the_gateway(up: Up) -> No
         table = up.run("status", *source)
         assert "prefill-0" in table
         assert "decode-0" in table
+
+
+def test_other_users_of_the_machine_find_locked_ports_and_no_secret_on_command_lines(
+    up: Up, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = state(home, monkeypatch)
+    assert found is not None
+    secrets = [found.lock["token"], urlsplit(found.redis_url).password]
+    assert all(secrets)
+    with pytest.raises(AuthenticationError):
+        Redis.from_url(found.redis_url.replace(f":{secrets[1]}@", "")).ping()
+    (address,) = {report.address for report in read_reports_of(found) if report.worker_id == "prefill-0"}
+    with pytest.raises(PeerRefused):
+        asyncio.run(set_role(TCP, address, "prefill-0", "prefill", timeout_s=5.0))
+    assert up.run("role", "prefill-0", "prefill") == "prefill-0: prefill -> prefill\n"
+    for process in psutil.Process(up.process.pid).children(recursive=True):
+        assert not [secret for secret in secrets if secret in " ".join(process.cmdline())]
+
+
+def read_reports_of(state: ClusterState) -> list[WorkerReport]:
+    async def read() -> list[WorkerReport]:
+        membership = RedisMembership(state.redis_url)
+        try:
+            return await membership.workers()
+        finally:
+            await membership.close()
+
+    return asyncio.run(read())
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode", "valkey", "gateway"])

@@ -21,7 +21,7 @@ from services.transfer.lease import LeaseEnd, LeaseTable
 from services.transfer.pool_memory import PoolMemory
 from services.transfer.receive import Received
 from services.transfer.server import KvServer
-from services.wire.channel import listen, new_server, open_channel
+from services.wire.channel import TCP, Network
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 from services.worker.lender import Lender
 from tests.support.in_process_engine import InProcessEngine, compatibility
@@ -44,14 +44,16 @@ class KvSide:
         lease_ttl_s: float,
         pull_wait_s: float,
         block_size: int,
+        network: Network,
     ) -> None:
         clock = SystemClock()
+        self.network = network
         self.engine = InProcessEngine(blocks, self._on_report, block_size=block_size)
         self.computed_tokens = 0  # of prompts
         self.memory = PoolMemory(self.engine.geometry, self.engine.pool)
         self.lease_ends: list[LeaseEnd] = []
         self.leases = LeaseTable(clock, lease_ttl_s, self._lease_ended, self.memory.generation)
-        self.transport = GrpcKvTransport(compatibility(block_size))
+        self.transport = GrpcKvTransport(compatibility(block_size), network)
         self.fetched: list[PrefixFetched] = []
         self.broken_pulls: list[DiptychError] = []
         self.ms_per_token = 0.0  # not measured
@@ -94,10 +96,15 @@ class KvSide:
 
 class PrefillWorker:
     def __init__(
-        self, blocks: int = 64, lease_ttl_s: float = 5.0, pull_wait_s: float = 0.3, block_size: int = 4
+        self,
+        blocks: int = 64,
+        lease_ttl_s: float = 5.0,
+        pull_wait_s: float = 0.3,
+        block_size: int = 4,
+        network: Network = TCP,
     ) -> None:
         self.incarnation = incarnation("p", 11, "prefill")
-        self.kv = kv = KvSide(self.incarnation, blocks, lease_ttl_s, pull_wait_s, block_size)
+        self.kv = kv = KvSide(self.incarnation, blocks, lease_ttl_s, pull_wait_s, block_size, network)
         self.engine, self.leases, self.lease_ends = kv.engine, kv.leases, kv.lease_ends
         self.failures: list[DiptychError] = []
         self._service = PrefillService(
@@ -117,9 +124,9 @@ class PrefillWorker:
 
 
 class DecodeWorker:
-    def __init__(self, blocks: int = 64, block_size: int = 4) -> None:
+    def __init__(self, blocks: int = 64, block_size: int = 4, network: Network = TCP) -> None:
         self.incarnation = incarnation("d", 22, "decode")
-        self.kv = kv = KvSide(self.incarnation, blocks, 5.0, 0.3, block_size)
+        self.kv = kv = KvSide(self.incarnation, blocks, 5.0, 0.3, block_size, network)
         self.engine, self.leases, self.broken_pulls = kv.engine, kv.leases, kv.broken_pulls
         self._transport = kv.transport
         self.received: list[Received] = []
@@ -181,18 +188,19 @@ def _holds_nothing(handle: InProcessEngine) -> bool:
 
 @asynccontextmanager
 async def running_pair(
-    prefill: PrefillWorker | None = None, decode: DecodeWorker | None = None
+    prefill: PrefillWorker | None = None, decode: DecodeWorker | None = None, gateway: Network = TCP
 ) -> AsyncIterator[Pair]:
+    """`gateway`: how the stubs reach the workers."""
     pair = Pair(prefill or PrefillWorker(), decode or DecodeWorker())
     servers, ports = [], []
     for worker in (pair.prefill, pair.decode):
-        server = new_server()
+        server = worker.kv.network.new_server()
         worker.attach(server)
-        ports.append(listen(server, "127.0.0.1", 0))
+        ports.append(worker.kv.network.listen(server, "127.0.0.1", 0))
         await server.start()
         servers.append(server)
     pair.prefill_address, pair.decode_address = (f"127.0.0.1:{port}" for port in ports)
-    pair._channels = [open_channel(f"127.0.0.1:{port}") for port in ports]
+    pair._channels = [gateway.open_channel(f"127.0.0.1:{port}") for port in ports]
     try:
         yield pair
     finally:

@@ -154,3 +154,35 @@ def test_help_shows_each_field_with_its_default() -> None:
     assert "--split auto|always" in text
     assert "--quiet, --no-quiet say less" in text
     assert "--limit INT at most" in text
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    ca: Path | None = field(default=None, metadata={"help": "a file"})
+    token: str = field(default="", metadata={"help": "a secret", "secret": True})
+
+
+def load_shared(*arguments: str, file: Path | None = None, **environ: str) -> Shared:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Shared, "cluster_")
+    flags = given_flags(Shared, parser.parse_args(arguments), "cluster_")
+    return load_config(Shared, "cluster", file=file, environ=environ, flags=flags, prefix="cluster_")
+
+
+def test_a_shared_section_has_flags_of_its_own_name() -> None:
+    assert load_shared("--cluster-ca", "/x") == Shared(ca=Path("/x"))
+
+
+def test_a_secret_comes_from_environment_or_file_but_has_no_flag(tmp_path: Path) -> None:
+    assert load_shared(DIPTYCH_CLUSTER__TOKEN="abc") == Shared(token="abc")
+    file = write(tmp_path / "c.toml", '[cluster]\ntoken = "def"\n')
+    assert load_shared(file=file) == Shared(token="def")
+    with pytest.raises(SystemExit):
+        load_shared("--cluster-token", "abc")
+
+
+def test_a_secret_is_not_shown_in_errors(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", "[cluster]\ntoken = 123456\n")
+    with pytest.raises(ConfigError, match="token must be text") as raised:
+        load_shared(file=file)
+    assert "123456" not in str(raised.value)

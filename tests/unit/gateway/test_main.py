@@ -21,7 +21,8 @@ PROGRAM = """
 import json, sys
 from services.gateway.config import GatewayConfig
 from services.gateway.main import run
-run(GatewayConfig(**json.loads(sys.argv[1])))
+from services.wire.cluster_lock import ClusterLock
+run(GatewayConfig(**json.loads(sys.argv[1])), ClusterLock())
 """
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from services.launch.cli import build_parser, main
 from services.launch.cluster import ClusterPlan, claim_port, diptych
+from services.launch.lock import lock_from_state, lock_of_its_own, lock_to_state
 from services.launch.up import describe_threads
+from services.wire.cluster_lock import ClusterLock
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +154,21 @@ def test_child_commands_are_what_a_person_would_type() -> None:
     command = diptych("worker", "--role", "prefill")
     assert command[-3:] == ("worker", "--role", "prefill")
     assert command[-4].endswith(("/diptych", "services.launch.cli"))
+
+
+def test_a_worker_that_strangers_could_reach_names_the_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["worker", "--host", "0.0.0.0", "--redis", "redis://127.0.0.1:1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "diptych certs create" in error
+    assert "DIPTYCH_CLUSTER__TOKEN" in error
+
+
+def test_a_cluster_of_its_own_has_at_least_a_token() -> None:
+    own = lock_of_its_own(ClusterLock())
+    assert len(own.token) == 64
+    assert own.token != lock_of_its_own(ClusterLock()).token
+    assert lock_from_state(lock_to_state(own)) == own
+    given = ClusterLock(cert=Path("/c"), key=Path("/k"), ca=Path("/a"))
+    assert lock_of_its_own(given) == given
+    assert lock_from_state(lock_to_state(given)) == given
