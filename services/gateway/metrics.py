@@ -3,10 +3,10 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from services.core.stages import Stage
+from services.gateway.token_metrics import TokenMetrics
 
 # From a cached token on a GPU (5 ms) to a long prompt behind a full queue on a small CPU (2 minutes).
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
 class GatewayMetrics:
@@ -34,15 +34,10 @@ class GatewayMetrics:
             buckets=_LATENCY_BUCKETS,
             registry=registry,
         )
-        self.inter_token = Histogram(
-            "diptych_gateway_inter_token_seconds",
-            "Between two tokens of an answer",
-            buckets=_TOKEN_BUCKETS,
-            registry=registry,
-        )
+        self.tokens = TokenMetrics()
+        registry.register(self.tokens)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with a first token")
         self.cached_tokens = self._counter("cached_tokens", "Prompt tokens found in a prefix cache")
-        self.completion_tokens = self._counter("completion_tokens", "Tokens generated for clients")
         self.inflight = Gauge("diptych_gateway_inflight", "Requests now in the gateway", registry=registry)
         self.ready = Gauge(
             "diptych_gateway_ready", "1 while new requests should come here", registry=registry

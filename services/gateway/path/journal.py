@@ -47,6 +47,8 @@ class Journal:
 
     def record(self, event: Event) -> None:
         match event:
+            case OutputToken():  # the most frequent first
+                self._record_token(event)
             case Routed():
                 self._record_route(event)
             case PrefillResult():
@@ -56,8 +58,6 @@ class Journal:
                 self._started = event
                 if self._timeline.stage is Stage.TRANSFERRING:
                     self._timeline.enter(Stage.DECODING)
-            case OutputToken():
-                self._record_token(event)
             case AttemptFailed():
                 self._record_failure(event)
 
@@ -81,9 +81,9 @@ class Journal:
         if self._completion_tokens == 0:
             self._record_first_token(now)
         if token.choice in self._last_token_at:
-            self._metrics.inter_token.observe(now - self._last_token_at[token.choice])
+            self._metrics.tokens.note_gap(now - self._last_token_at[token.choice])
         self._completion_tokens += 1
-        self._metrics.completion_tokens.inc()
+        self._metrics.tokens.count()
         self._last_token_at[token.choice] = now
         if self._timeline.stage is Stage.PREFILLING and token.finish is None:
             transferred = self._started is not None

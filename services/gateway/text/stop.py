@@ -16,6 +16,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string would stop everything"
         self._stops = tuple(stops)
+        self._held_max = max(map(len, stops), default=1) - 1
         self._held = ""
 
     def feed(self, text: str) -> Found:
@@ -40,8 +41,7 @@ class StopMatcher:
         return min(found)[1] if found else None
 
     def _held_length(self, text: str) -> int:
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
+        for length in range(min(self._held_max, len(text)), 0, -1):
             tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
