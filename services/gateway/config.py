@@ -1,6 +1,7 @@
 """Settings of one gateway process."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from router.state import Policy
@@ -11,6 +12,15 @@ from services.gateway.door.tenant import CacheSharing
 class GatewayConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "HTTP port (0: a free one)", "range": (0, 65535)})
+    tls_cert: Path | None = field(
+        default=None,
+        metadata={"help": "certificate for clients (PEM, with intermediate ones): the API speaks https"},
+    )
+    tls_key: Path | None = field(default=None, metadata={"help": "its private key (PEM)"})
+    connections_max: int = field(
+        default=4096,
+        metadata={"help": "connections of clients at the same time; more get 503", "range": (1, 1_000_000)},
+    )
     redis: str = field(default="", metadata={"help": "URL of the Redis that the cluster shares"})
     model: str = field(
         default="", metadata={"help": "GGUF file or Hugging Face folder (default: the default model)"}

@@ -1,12 +1,10 @@
 """The gateway process: composes the real parts, serves until a signal, drains and goes."""
 
 import asyncio
-import contextlib
 import gc
 import logging
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +17,8 @@ from services.core.log import setup_logging
 from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
+from services.gateway.http_server import Server, allow_connections, server_config
+from services.gateway.https import HttpsContext, open_https
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.redis_index import RedisPrefixIndex
@@ -33,16 +33,6 @@ logger = logging.getLogger(__name__)
 # Allocations less deallocations that make the collector look at new objects (700 by default), and how often
 # that makes it look at older ones. Streams make hardly any cycles, but it took a seventh of their time.
 COLLECTOR_THRESHOLDS = (20_000, 20, 20)
-KEEP_ALIVE_S = 75  # idle connections of clients; longer than most proxies keep theirs
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, with signals left to us: its own handling raises them again at the end, which would
-    kill the process before the connections to workers and Redis are closed."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def run(config: GatewayConfig, lock: ClusterLock) -> None:
@@ -55,28 +45,32 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
     """Run one gateway in the present event loop; see `run`."""
     if not config.redis:
         raise ConfigError("the gateway needs --redis URL: the Redis that the workers announce themselves in")
+    https = open_https(config.tls_cert, config.tls_key)
     with _listening_socket(config.host, config.port) as listener:
         model = await asyncio.to_thread(_load_model, config)
         membership, index = RedisMembership(config.redis), RedisPrefixIndex(config.redis)
         workers = GrpcWorkerClient(network)
         try:
-            await _serve(Gateway(config, model, membership, index, workers, SystemClock()), listener)
+            await _serve(Gateway(config, model, membership, index, workers, SystemClock()), listener, https)
         finally:
             await workers.close()
             await index.close()
             await membership.close()
 
 
-async def _serve(gateway: Gateway, listener: socket.socket) -> None:
+async def _serve(gateway: Gateway, listener: socket.socket, https: HttpsContext | None) -> None:
     await gateway.view.refresh()
     _relieve_collector()
-    server = Server(_server_config(gateway))
+    server = Server(_server_config(gateway, https))
     _drain_on_signals(gateway, server)
     async with ChildTasks() as tasks:
         following = tasks.start(gateway.view.follow(gateway.config.membership_poll_s))
         serving = tasks.start(server.serve(sockets=[listener]))
+        if https is not None:
+            tasks.start(https.renew_forever(gateway.clock))
         host, port = listener.getsockname()[:2]
-        logger.info("serving %s on http://%s:%d/v1", gateway.model.name, host, port)
+        scheme = "https" if https else "http"
+        logger.info("serving %s on %s://%s:%d/v1", gateway.model.name, scheme, host, port)
         await asyncio.wait([following, serving], return_when=asyncio.FIRST_COMPLETED)
         for task in (serving, following):
             if task.done():
@@ -108,18 +102,13 @@ def _drain_on_signals(gateway: Gateway, server: Server) -> None:
         loop.add_signal_handler(number, stop)
 
 
-def _server_config(gateway: Gateway) -> uvicorn.Config:
-    return uvicorn.Config(
-        build_app(gateway),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(gateway.config.drain_grace_s)),
-    )
+def _server_config(gateway: Gateway, https: HttpsContext | None) -> uvicorn.Config:
+    config = gateway.config
+    connections_max = allow_connections(config.connections_max)
+    if connections_max < config.connections_max:
+        logger.warning("this process may open files for %d connections only (ulimit -n)", connections_max)
+    tls = https.context if https else None
+    return server_config(build_app(gateway), tls, connections_max, config.drain_grace_s)
 
 
 def _load_model(config: GatewayConfig) -> ServedModel:

@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import ssl
 import sys
+from pathlib import Path
 from typing import Any
 
 from services.core.errors import BadRequest, DiptychError
 from services.launch.cluster_state import read_state
+from services.launch.https import add_ca_flag, trusting, trusting_only
 from services.launch.openai_client import Message, OpenAiClient, text_of
 from services.launch.up import positive
 
@@ -29,11 +32,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="0: the likeliest answer, 1: a drawn one (default: 0)",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    add_ca_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with OpenAiClient(api_url(arguments.url)) as client:
+    with OpenAiClient(api_url(arguments.url), verify=trust(arguments)) as client:
         model = arguments.model or client.served_model()
         parameters: dict[str, Any] = {"model": model, "temperature": arguments.temperature}
         if arguments.max_tokens:
@@ -90,6 +94,14 @@ def api_url(given: str | None) -> str:
     """`given`, or that of the cluster of `diptych up` on this machine, or where one would be."""
     state = read_state()
     return given or (f"{state.gateway_url}/v1" if state else DEFAULT_URL)
+
+
+def trust(arguments: argparse.Namespace) -> ssl.SSLContext | bool:
+    """What `--ca` says, or of the gateway of `diptych up` its own certificate."""
+    state = read_state()
+    if arguments.url is None and arguments.ca is None and state is not None and state.gateway_cert:
+        return trusting_only(Path(state.gateway_cert))
+    return trusting(arguments.ca)
 
 
 def piped(command: str) -> str:

@@ -19,6 +19,7 @@ from services.core.errors import ConfigError
 from services.launch.child import STOP_GRACE_SECONDS, Child, ChildSpec
 from services.launch.cores import thread_environment, threads_per_worker, usable_cores
 from services.launch.display import Display
+from services.launch.https import trusting_only
 from services.launch.readiness import PROBE_EVERY_SECONDS, GatewayReadiness, WorkerReadiness
 from services.launch.store_process import StoreProcess
 from services.launch.supervisor import Part, keep_running, start_until_ready
@@ -49,12 +50,14 @@ class ClusterPlan:
     route_split: str = ""  # empty: the gateway's own setting
     policy: str = ""  # the same
     lock: ClusterLock = field(default_factory=ClusterLock)
+    tls_cert: Path | None = None  # of the gateway, whose settings have it: it speaks https
 
     @property
     def gateway_url(self) -> str:
         """The gateway's root, as this machine reaches it."""
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{local}]' if ':' in local else local}:{self.port}"
+        scheme = "https" if self.tls_cert else "http"
+        return f"{scheme}://{f'[{local}]' if ':' in local else local}:{self.port}"
 
 
 class LocalCluster:
@@ -87,7 +90,9 @@ class LocalCluster:
             for role, count in (("prefill", self._plan.prefill), ("decode", self._plan.decode))
             for number in range(count)
         ]
-        gateway_readiness = GatewayReadiness(self._plan.gateway_url)
+        cert = self._plan.tls_cert
+        verify = trusting_only(cert) if cert else True
+        gateway_readiness = GatewayReadiness(self._plan.gateway_url, verify)
         self._gateway = Child(self._gateway_spec(), gateway_readiness)
         await self._wait_until_ready([*self._workers, self._gateway])
         # The last worker may be ready before the gateway has seen it: then the first request would not

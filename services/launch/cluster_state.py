@@ -9,10 +9,11 @@ from services.model.home import diptych_home
 
 
 class ClusterState(msgspec.Struct, frozen=True):
-    gateway_url: str  # http://host:port, without /v1
+    gateway_url: str  # http://host:port or https://..., without /v1
     redis_url: str
     pid: int  # of `diptych up`
     lock: dict[str, str] = {}  # settings of section [cluster] that reach its workers
+    gateway_cert: str = ""  # path, if it speaks https
 
 
 def write_state(state: ClusterState) -> None:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from services.launch.chat import DEFAULT_URL, api_url, piped
+from services.launch.chat import DEFAULT_URL, api_url, piped, trust
+from services.launch.https import add_ca_flag
 from services.launch.openai_client import OpenAiClient
 from services.launch.up import positive
 
@@ -37,12 +38,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--api-key", metavar="KEY", help="the same")
     parser.add_argument("--url", help=f"the API (default: the cluster of `diptych up`, or {DEFAULT_URL})")
     parser.add_argument("--json", action="store_true", help="print the gateway's answer as it is")
+    add_ca_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt if arguments.prompt is not None else piped("explain")
-    with OpenAiClient(api_url(arguments.url), api_key=arguments.api_key) as client:
+    with OpenAiClient(api_url(arguments.url), api_key=arguments.api_key, verify=trust(arguments)) as client:
         answer = client.route(request(arguments, prompt, client.served_model()))
     if arguments.json:
         print(json.dumps(answer, indent=2))

@@ -6,6 +6,7 @@ POST {url}/chat/completions  with "stream": true, answered by server-sent events
 """
 
 import json
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,11 @@ class OpenAiClient:
     """`url` is the API's base, such as http://127.0.0.1:8000/v1. Calls raise DiptychErrors."""
 
     def __init__(
-        self, url: str, transport: httpx.BaseTransport | None = None, api_key: str | None = None
+        self,
+        url: str,
+        transport: httpx.BaseTransport | None = None,
+        api_key: str | None = None,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._url = url.rstrip("/")
         loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
@@ -31,7 +36,7 @@ class OpenAiClient:
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
         self._http = httpx.Client(
-            timeout=timeout, trust_env=not loopback, transport=transport, headers=headers
+            timeout=timeout, trust_env=not loopback, transport=transport, headers=headers, verify=verify
         )
 
     def __enter__(self) -> "OpenAiClient":
@@ -75,6 +80,11 @@ class OpenAiClient:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise NoWorker(
+                    f"the certificate of {self._url} is not trusted ({error}); --ca FILE names the authority "
+                    "that signed it"
+                ) from error
             raise NoWorker(
                 f"nothing answers at {self._url} ({error}); start a cluster with `diptych up`, "
                 f"or pass --url http://HOST:PORT/v1"

@@ -1,5 +1,7 @@
 """When a part of a local cluster is ready: workers say so in membership, the gateway over HTTP."""
 
+import ssl
+
 import httpx
 
 from services.core.errors import StoreUnavailable
@@ -36,8 +38,9 @@ class WorkerReadiness:
 class GatewayReadiness:
     """Whether the gateway at `root_url` would answer a completion now."""
 
-    def __init__(self, root_url: str) -> None:
+    def __init__(self, root_url: str, verify: ssl.SSLContext | bool = True) -> None:
         self._root_url = root_url
+        self._verify = verify
 
     async def __call__(self) -> bool:
         return await self._get("/health/ready") is not None
@@ -51,7 +54,9 @@ class GatewayReadiness:
     async def _get(self, path: str) -> httpx.Response | None:
         """None unless the answer is 200."""
         # The gateway runs on this machine: a proxy from the environment must not be asked.
-        async with httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_SECONDS) as client:
+        async with httpx.AsyncClient(
+            trust_env=False, timeout=PROBE_TIMEOUT_SECONDS, verify=self._verify
+        ) as client:
             try:
                 answered = await client.get(self._root_url + path)
             except httpx.HTTPError:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from services.core.errors import NoWorker
 from services.core.worker_report import WorkerReport
 from services.launch.cluster_state import read_state
+from services.launch.https import add_ca_flag, trusting
 from services.membership.redis_membership import RedisMembership
 
 READ_TIMEOUT_SECONDS = 5.0
@@ -18,6 +20,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--redis", metavar="URL", help="the cluster that uses this Redis")
     source.add_argument("--url", metavar="URL", help="the cluster of this gateway (http://HOST:PORT)")
+    add_ca_flag(parser)
 
 
 def read_reports(arguments: argparse.Namespace) -> list[WorkerReport]:
@@ -26,7 +29,7 @@ def read_reports(arguments: argparse.Namespace) -> list[WorkerReport]:
     Raises NoWorker if there is no such cluster, StoreUnavailable if its Redis does not answer.
     """
     if arguments.url:
-        return _from_gateway(arguments.url)
+        return _from_gateway(arguments.url, arguments.ca)
     if arguments.redis:
         return asyncio.run(_from_redis(arguments.redis))
     state = read_state()
@@ -45,10 +48,10 @@ async def _from_redis(url: str) -> list[WorkerReport]:
         await membership.close()
 
 
-def _from_gateway(url: str) -> list[WorkerReport]:
+def _from_gateway(url: str, ca: Path | None) -> list[WorkerReport]:
     root = url.rstrip("/").removesuffix("/v1")
     try:
-        response = httpx.get(f"{root}/v1/cluster", timeout=READ_TIMEOUT_SECONDS)
+        response = httpx.get(f"{root}/v1/cluster", timeout=READ_TIMEOUT_SECONDS, verify=trusting(ca))
         response.raise_for_status()
         return msgspec.json.decode(response.content, type=list[WorkerReport])
     except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from router.state import Policy
+from services.core.config import load_config
+from services.gateway.config import GatewayConfig
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.cluster_state import ClusterState, remove_state, write_state
 from services.launch.cores import threads_per_worker, usable_cores
@@ -69,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         config=arguments.config,
         policy=arguments.policy,
         lock=lock_of_its_own(load_lock(arguments)),
+        tls_cert=gateway_settings(arguments.config).tls_cert,
     )
     display.line(describe_threads(plan, usable_cores()))
     try:
@@ -84,16 +87,23 @@ async def serve(plan: ClusterPlan, display: Display) -> None:
     state: ClusterState | None = None
     try:
         await cluster.start()
-        state = ClusterState(plan.gateway_url, cluster.redis_url, os.getpid(), lock_to_state(plan.lock))
+        cert = str(plan.tls_cert.absolute()) if plan.tls_cert else ""
+        state = ClusterState(plan.gateway_url, cluster.redis_url, os.getpid(), lock_to_state(plan.lock), cert)
         write_state(state)
         host = f"[{plan.host}]" if ":" in plan.host else plan.host
-        print(f"ready http://{host}:{plan.port}/v1", flush=True)
+        scheme = plan.gateway_url.partition("://")[0]
+        print(f"ready {scheme}://{host}:{plan.port}/v1", flush=True)
         await asyncio.Event().wait()
     finally:
         display.line("stopping")
         if state is not None:
             remove_state(state)
         await cluster.stop()
+
+
+def gateway_settings(file: Path | None) -> GatewayConfig:
+    """What the gateway will read by itself. Raises ConfigError."""
+    return load_config(GatewayConfig, "gateway", file=file, environ=os.environ, flags={})
 
 
 def describe_threads(plan: ClusterPlan, cores: int) -> str:

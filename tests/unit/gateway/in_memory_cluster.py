@@ -4,13 +4,12 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
-import uvicorn
 
 from services.core.clock import SystemClock
 from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
-from services.gateway.main import Server
+from services.gateway.http_server import Server, server_config
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.memory_worker_client import MemoryWorkerClient
 from services.index.memory_index import MemoryPrefixIndex
@@ -59,7 +58,7 @@ class InMemoryCluster:
 
 @asynccontextmanager
 async def over_network(app):
-    server = Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+    server = Server(server_config(app))
     task = asyncio.create_task(server.serve())
     await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
