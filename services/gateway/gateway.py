@@ -28,9 +28,10 @@ from services.gateway.path.journal import Journal
 from services.gateway.path.pipeline import Pipeline
 from services.gateway.path.record import Record
 from services.gateway.served_model import ServedModel
-from services.gateway.text.answer import AnswerText, TextDelta, answer
+from services.gateway.text.answer import AnswerText, NoAnswer, ScoredText, TextDelta, TokenText, answer
 from services.gateway.text.detokenizer import Detokenizer
 from services.gateway.text.prompt import PromptReader
+from services.gateway.text.shown_prompt import ShownPrompt
 from services.gateway.text.stop import StopMatcher
 from services.gateway.workers.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
@@ -98,7 +99,10 @@ class Gateway:
         def deltas() -> AsyncGenerator[list[TextDelta], None]:
             attempts = Attempts(generation, choices, first, self._pipeline, self.view)
             texts = [self._text(generation) for _ in range(generation.choices)]
-            return answer(attempts.events(patience), texts, choices, journal)
+            if not generation.shows_prompt:
+                return answer(attempts.events(patience), texts, choices, journal)
+            prompt = ShownPrompt(generation)
+            return prompt.opening(answer(prompt.heard(attempts.events(patience)), texts, choices, journal))
 
         return Part(generation, first, journal, deltas)
 
@@ -130,11 +134,20 @@ class Gateway:
         wait_ms = self.queue.wait_s(ticket) * 1e3
         return route_answer(self.model.name, ticket, route, wait_ms, self.view.reports)
 
-    def _text(self, generation: Generation) -> AnswerText:
-        return AnswerText(
-            Detokenizer(self.model.token_bytes, skip_special_tokens=generation.skip_special_tokens),
-            StopMatcher(generation.stop),
-            generation.sampling.min_tokens,
+    def _text(self, generation: Generation) -> TokenText:
+        if not generation.wants_answer:
+            return NoAnswer()
+        detokenizer = Detokenizer(self.model.token_bytes, skip_special_tokens=generation.skip_special_tokens)
+        stops = StopMatcher(generation.stop, include=generation.shows_stop)
+        min_tokens = generation.sampling.min_tokens
+        if generation.sampling.top_logprobs is None:
+            return AnswerText(detokenizer, stops, min_tokens, shows_end=generation.shows_stop)
+        return ScoredText(
+            detokenizer,
+            stops,
+            min_tokens,
+            shows_end=generation.shows_stop,
+            begin=len(generation.echo or ""),
         )
 
 

@@ -95,8 +95,11 @@ class PlaceQueue:
             self.leave(ticket)
 
     async def locate(self, ticket: Ticket) -> None:
-        """Ask where its tokens are cached."""
+        """Ask where its tokens are cached, if whoever computes them may use that."""
         sequence = ticket.sequence
+        ticket.located_at = self._clock.now()
+        if sequence.sampling.prompt_logprobs is not None:
+            return
         token_ids = sequence.prompt_ids + sequence.output_ids
         ticket.located = await self._view.locate(token_ids, sequence.salt)
         ticket.located_at = self._clock.now()

@@ -4,9 +4,12 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from pydantic import BaseModel
+
 from router.state import Route
 from services.core.sampling import FinishReason
 from services.gateway.api.explanation import explained
+from services.gateway.api.logprobs import Fields, ascii_json, extended
 from services.gateway.api.responses import (
     ChatAnswer,
     ChatChoice,
@@ -118,8 +121,11 @@ def as_json(
     token_ids: Sequence[Sequence[int]] | None = None,
     timings: Timings | list[Timings] | None = None,
     routes: Sequence[Route] | None = None,
+    choice_fields: Sequence[Fields] | None = None,
+    body_fields: Fields | None = None,
 ) -> str:
-    """`body` with the extras that the client asked for, and without the fields that nobody set."""
+    """`body` with the extras that the client asked for, and without the fields that nobody set. The last two
+    are JSON already: fields of the choices, and of the body."""
     if token_ids is not None:
         of_choices = iter(token_ids)
         for choice in body.choices:
@@ -128,4 +134,12 @@ def as_json(
         body.timings = timings
     if routes is not None:
         body.routes = list(map(explained, routes))
-    return body.model_dump_json(exclude_unset=True)
+    if choice_fields is None:
+        return body.model_dump_json(exclude_unset=True)
+    choices = [_choice_json(*own) for own in zip(body.choices, choice_fields, strict=True)]
+    plain = ascii_json(body.model_dump_json(exclude_unset=True, exclude={"choices"}))
+    return extended(plain, {"choices": f"[{','.join(choices)}]", **(body_fields or {})})
+
+
+def _choice_json(choice: BaseModel, more: Fields) -> str:
+    return extended(ascii_json(choice.model_dump_json(exclude_unset=True, exclude=set(more))), more)

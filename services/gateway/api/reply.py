@@ -1,18 +1,25 @@
 """What an exchange answers with: how a request becomes prompts, and its deltas a body or a stream."""
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from router.state import Route
 from services.gateway.api.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
+from services.gateway.api.logprobs import (
+    ChatLogprobsWriter,
+    CompletionLogprobsWriter,
+    Fields,
+    LogprobsWriter,
+)
 from services.gateway.api.responses import ErrorBody, Timings
-from services.gateway.api.schema import ChatCompletionRequest, GenerationRequest
+from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from services.gateway.api.sse import EventStream
 from services.gateway.door.tenant import Tenant
 from services.gateway.path.generation import Generation
 from services.gateway.path.record import Record
 from services.gateway.text.answer import TextDelta, by_choice, joined
+from services.gateway.text.detokenizer import TokenBytes
 from services.gateway.text.prompt import PromptReader
 
 Deltas = AsyncGenerator[list[TextDelta], None]  # in bursts
@@ -51,6 +58,7 @@ class ChoicesReply:
         self.streamed = body.stream is True
         form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
         self._format: AnswerFormat = form(request_id, prompts.model.name)
+        self._logprobs = logprobs_writer(body, prompts.model.token_bytes)
 
     async def read(self, request_id: str, deadline: float, tenant: Tenant) -> list[Generation]:
         return await self._prompts.read(self._body, request_id, deadline, tenant)
@@ -62,7 +70,8 @@ class ChoicesReply:
                 collected[delta.choice].append(delta)
         answers = [joined(collected[choice]) for choice in sorted(collected)]
         body = self._format.whole(answers, self.record.usage)
-        return as_json(body, self._if_wanted(*answers), self._timings, self._routes)
+        scores = await self._scores(answers)
+        return as_json(body, self._if_wanted(*answers), self._timings, self._routes, *scores)
 
     async def stream(self, deltas: Deltas, events: EventStream) -> None:
         opened: set[int] = set()
@@ -77,7 +86,8 @@ class ChoicesReply:
                 unfinished -= delta.finish is not None
                 last = not unfinished and not self._body.include_usage
                 extras = (self._timings, self._routes) if last else (None, None)
-                chunks.append(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras))
+                scores = await self._scores([delta])
+                chunks.append(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras, *scores))
             await events.event(*chunks)
         if self._body.include_usage:
             usage = self._format.usage_chunk(self.record.usage)
@@ -87,6 +97,11 @@ class ChoicesReply:
     async def break_off(self, error: ErrorBody, events: EventStream) -> None:
         """No [DONE] follows."""
         await events.event(error.model_dump_json())
+
+    async def _scores(self, deltas: Sequence[TextDelta]) -> tuple[list[Fields] | None, Fields | None]:
+        """Logprobs, as fields of the choices and of the body."""
+        writer = self._logprobs
+        return (await writer.of_choices(deltas), await writer.of_body(deltas)) if writer else (None, None)
 
     def _if_wanted(self, *deltas: TextDelta) -> list[tuple[int, ...]] | None:
         """The token ids of each choice of a body."""
@@ -99,3 +114,13 @@ class ChoicesReply:
     @property
     def _routes(self) -> list[Route] | None:
         return self.record.routes if self._body.explain else None
+
+
+def logprobs_writer(body: GenerationRequest, token_bytes: TokenBytes) -> LogprobsWriter | None:
+    """None: it asks for none."""
+    top, prompt_top = body.top_logprobs_wanted, body.prompt_logprobs
+    if top is None and prompt_top is None:
+        return None
+    if isinstance(body, CompletionRequest):
+        return CompletionLogprobsWriter(token_bytes, top, prompt_top, echoes=body.echoes)
+    return ChatLogprobsWriter(token_bytes, top, prompt_top)

@@ -96,6 +96,42 @@ class RouteAnswer(BaseModel):
     cached: list[CachedOn]
 
 
+class ScoredChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(ScoredChatToken):
+    top_logprobs: list[ScoredChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    """Of all of an answer's tokens, those of a stop string and the end token included."""
+
+    content: list[ChatToken]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """Of the prompt's tokens too, if the answer begins with it; nothing is known of its first one."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]  # the token itself included
+    text_offset: list[int]
+
+
+class PromptToken(BaseModel):
+    logprob: float
+    rank: int  # 1: the most probable
+    decoded_token: str
+
+
+# By token id, for each of the prompt's tokens but the first: the token itself and the most probable ones.
+PromptLogprobs = list[dict[str, PromptToken] | None]
+
+
 class ChatAnswer(BaseModel):
     role: Literal["assistant"]
     content: str
@@ -105,7 +141,7 @@ class ChatAnswer(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: ChatAnswer
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
     token_ids: list[int] | None = None
 
@@ -117,6 +153,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
     timings: Timings | None = None
     routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16
 
@@ -129,7 +166,7 @@ class ChatDelta(BaseModel):
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = None
 
@@ -148,7 +185,8 @@ class ChatCompletionChunk(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None
     token_ids: list[int] | None = None
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -16,18 +17,12 @@ from pydantic import (
 )
 
 from services.core.errors import BadRequest
+from services.core.logprobs import TOP_LOGPROBS_MAX
 from services.gateway.admission.fair_queue import Priority
 from services.gateway.api.fields import Body
 
 # Parameters that would change the answer, with the values of theirs that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -41,11 +36,8 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "logits_processors": ([],),
     "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
     "truncate_prompt_tokens": (),
     "add_special_tokens": (),
     "add_generation_prompt": (True,),
@@ -90,6 +82,16 @@ _OnePrompt = Annotated[_TextPrompt | _IdsPrompt, Discriminator(_kind_of_one)]
 _Prompts = Annotated[list[_OnePrompt], Field(max_length=PROMPTS_MAX, fail_fast=True), Tag("prompts")]
 Prompt = Annotated[_TextPrompt | _IdsPrompt | _Prompts, Discriminator(_kind_of_prompt)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogprobsCount = Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)]
+BIASED_TOKENS_MAX = 1024
+BAD_WORDS_MAX = 256
+_BadWord = Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+def _none_for_false(value: object) -> object:
+    """Clients of both endpoints send false for no logprobs."""
+    return None if value is False else value
 
 
 class TextPart(Body):
@@ -148,6 +150,22 @@ class GenerationRequest(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = Field(
+        None, description="stop strings and stop tokens are a part of the text"
+    )
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=BIASED_TOKENS_MAX)] | None = Field(
+        None, description="by token id: added to the token's logit before it is sampled"
+    )
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
+        None, description="only these are sampled"
+    )
+    bad_words: Annotated[list[_BadWord], Field(max_length=BAD_WORDS_MAX, fail_fast=True)] | None = Field(
+        None, description="texts that the answer will not contain"
+    )
+    prompt_logprobs: LogprobsCount | None = Field(
+        None, description="add the logprobs of the prompt's tokens, and so many of the most probable ones"
+    )
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="only n: all answers are given")
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -195,13 +213,34 @@ class GenerationRequest(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def top_logprobs_wanted(self) -> int | None:
+        """Of the answer's tokens; as in SamplingParams."""
+        raise NotImplementedError
+
+    @property
+    def prompt_logprobs_wanted(self) -> int | None:
+        """Of the prompt's tokens, for whatever purpose."""
+        return self.prompt_logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """The answers begin with the prompt."""
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check_supported(self) -> None:
         """Raise BadRequest for parameters that contradict each other."""
-        if self.choices > 1 and (self.model_extra or {}).get("best_of") is not None:
-            raise BadRequest("'best_of' must not be below 'n'; leave it out.", "best_of")
+        if self.best_of is not None and self.best_of != self.choices:
+            raise BadRequest(
+                f"'best_of' is {self.best_of}, but this server gives every answer that it computes: leave "
+                "it out, or ask for as many with 'n'.",
+                "best_of",
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise BadRequest("'prompt_logprobs' are not available when 'stream' is true.", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("'stream_options' is only allowed when 'stream' is true.", "stream_options")
 
@@ -225,9 +264,22 @@ def _parts(message: object) -> int:
 
 
 class ChatCompletionRequest(GenerationRequest, ChatPrompt):
+    REFUSED = {**UNSUPPORTED, "echo": (False,), "suffix": ("",)}
+
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="default: the rest of the context; wins over max_tokens"
     )
+    logprobs: bool | None = Field(None, description="add the logprobs of the answer's tokens")
+    top_logprobs: LogprobsCount | None = Field(None, description="and so many of the most probable ones")
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check_supported(self) -> None:
+        super().check_supported()
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
 
     @property
     def max_tokens_param(self) -> str:
@@ -239,8 +291,38 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
 
 
 class CompletionRequest(GenerationRequest):
+    REFUSED = {**UNSUPPORTED, "top_logprobs": (0,)}
+
     prompt: Prompt = Field(description="text, or token ids, or a list of these: each gets n answers")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="default 16")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="default 16; 0 is allowed with echo"
+    )
+    echo: bool | None = Field(None, description="the answers begin with the prompt")
+    logprobs: Annotated[LogprobsCount | None, BeforeValidator(_none_for_false)] = Field(
+        None,
+        description="add the tokens' logprobs, and so many most probable ones; with echo the prompt's too",
+    )
+    suffix: Text | None = Field(None, description="refused: models complete their prompt forwards")
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompt_logprobs_wanted(self) -> int | None:
+        wanted = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((each for each in wanted if each is not None), default=None)
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo is True
+
+    def check_supported(self) -> None:
+        super().check_supported()
+        if self.suffix:
+            raise BadRequest("'suffix' is not supported: models complete their prompt forwards.", "suffix")
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequest("'max_tokens' may be 0 only with 'echo'.", "max_tokens")
 
     @property
     def prompts(self) -> list[str | list[int]]:

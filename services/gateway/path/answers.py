@@ -41,7 +41,8 @@ class Answers:
         try:
             for part in self._parts:
                 await self._admission.admit(part.ticket)
-                part.journal.admit(len(part.generation.prompt_ids), part.generation.sampling.seed)
+                one = part.generation
+                part.journal.admit(len(one.prompt_ids), one.sampling.seed, wants_answer=one.wants_answer)
             streams = [self._numbered(number) for number in range(len(self._parts))]
             async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as deltas:
                 yield deltas

@@ -10,6 +10,8 @@ are faster than this process, make bursts longer, and each costs little more tha
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
+
 from router.state import Route, RouteKind
 from services.core.errors import DiptychError
 from services.core.logprobs import PromptLogprobs
@@ -40,16 +42,27 @@ class Generation:
     salt: str = ""  # Tenant.salt: only prompts with the same one share KV
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    shows_stop: bool = False  # a stop string or stop token is a part of the text
+    echo: str | None = None  # the prompt's text, if the answers begin with it
+    wants_answer: bool = True  # False: only the prompt is shown
     choices: int = 1  # answers that the client wants
 
+    @property
+    def shows_prompt(self) -> bool:
+        return self.echo is not None or self.sampling.prompt_logprobs is not None
+
     def sequence(self, attempt: int, choices: tuple[int, ...], delivered: list[int]) -> Sequence:
-        """One attempt at `choices`, which all have delivered the same tokens."""
+        """One attempt at `choices`, which all have delivered the same tokens. With the first of them came
+        what there is to know of the prompt."""
+        sampling = self.sampling
+        if delivered and sampling.prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         return Sequence(
             request_id=self.request_id,
             attempt=attempt,
             prompt_ids=self.prompt_ids,
             output_ids=list(delivered),
-            sampling=self.sampling,
+            sampling=sampling,
             salt=self.salt,
             choices=choices,
         )

@@ -27,6 +27,7 @@ class Journal:
         self._timeline = Timeline(clock, metrics.leave_stage, started_at=received_at)
         self._prompt_tokens = self._seed = 0
         self._completion_tokens = 0
+        self._wants_answer = True
         self._cached_tokens: int | None = None  # of the prompt: not computed when it first was
         self._attempts = 0
         self._routes: deque[Route] = deque(maxlen=ROUTES_KEPT if keeps_routes else 0)
@@ -40,9 +41,10 @@ class Journal:
     def received_at(self) -> float:
         return self._timeline.started_at
 
-    def admit(self, prompt_tokens: int, seed: int) -> None:
-        """The prompt is understood, and there is room for it in the gateway."""
-        self._prompt_tokens, self._seed = prompt_tokens, seed
+    def admit(self, prompt_tokens: int, seed: int, *, wants_answer: bool = True) -> None:
+        """The prompt is understood, and there is room for it in the gateway. Without an answer the token
+        that workers give all the same is not counted."""
+        self._prompt_tokens, self._seed, self._wants_answer = prompt_tokens, seed, wants_answer
         self._timeline.enter(Stage.ADMITTED)
 
     def record(self, event: Event) -> None:
@@ -83,7 +85,8 @@ class Journal:
         if token.choice in self._last_token_at:
             self._metrics.tokens.note_gap(now - self._last_token_at[token.choice])
         self._completion_tokens += 1
-        self._metrics.tokens.count()
+        if self._wants_answer:
+            self._metrics.tokens.count()
         self._last_token_at[token.choice] = now
         if self._timeline.stage is Stage.PREFILLING and token.finish is None:
             transferred = self._started is not None
@@ -109,10 +112,11 @@ class Journal:
 
     @property
     def usage(self) -> Usage:
+        completion_tokens = self._completion_tokens if self._wants_answer else 0
         return Usage(
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._completion_tokens,
-            total_tokens=self._prompt_tokens + self._completion_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self._prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens or 0),
         )
 

@@ -1,12 +1,12 @@
 """From token events to the text a client sees, and why each choice ended."""
 
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
-from services.core.logprobs import TokenLogprobs
+from services.core.logprobs import PromptLogprobs, TokenLogprobs
 from services.core.sampling import FinishReason
 from services.gateway.path.choices import Choices
 from services.gateway.path.generation import Event
@@ -19,7 +19,16 @@ from services.gateway.workers.worker_client import OutputToken
 class ScoredToken(NamedTuple):
     token_id: int
     offset: int  # where its text begins in the choice's text, in characters
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None  # None: the worker is too old to tell
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredPrompt:
+    """A prompt with the logprobs of its tokens from the second one on, in parts. Shared by its choices."""
+
+    token_ids: Sequence[int]
+    text: str | None  # if the answers begin with it
+    parts: Sequence[PromptLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,7 @@ class TextDelta:
     token_ids: tuple[int, ...] = ()  # since the choice's last delta; the text of the latest may be held back
     choice: int = 0
     tokens: tuple[ScoredToken, ...] = ()  # if logprobs were asked for: those whose text ends in this delta
+    prompt: ScoredPrompt | None = None  # in a choice's first delta, if the prompt's logprobs were asked for
 
 
 def joined(deltas: Sequence[TextDelta]) -> TextDelta:
@@ -36,7 +46,7 @@ def joined(deltas: Sequence[TextDelta]) -> TextDelta:
     token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
     text = "".join(delta.text for delta in deltas)
     tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice, tokens)
+    return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice, tokens, deltas[0].prompt)
 
 
 def by_choice(burst: Sequence[TextDelta]) -> Sequence[TextDelta]:
@@ -49,27 +59,45 @@ def by_choice(burst: Sequence[TextDelta]) -> Sequence[TextDelta]:
     return list(map(joined, deltas.values()))
 
 
-class AnswerText:
-    """One choice's tokens to text. Stop strings count from the `min_tokens`-th token on."""
-
-    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher, min_tokens: int) -> None:
-        self._detokenizer, self._stops, self._min_tokens = detokenizer, stops, min_tokens
-        self._token_ids: list[int] = []  # since the last delta
+class TokenText(Protocol):
+    """One choice's tokens to text."""
 
     def feed(self, token: OutputToken) -> TextDelta | None:
         """What `token` completes, if that is anything."""
+        ...
+
+
+class AnswerText:
+    """Stop strings count from the `min_tokens`-th token on."""
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopMatcher,
+        min_tokens: int,
+        *,
+        shows_end: bool = False,
+    ) -> None:
+        self._detokenizer, self._stops, self._min_tokens = detokenizer, stops, min_tokens
+        self._shows_end = shows_end
+        self._token_ids: list[int] = []  # since the last delta
+
+    def feed(self, token: OutputToken) -> TextDelta | None:
         self._token_ids.append(token.token)
-        text, finish = self._text(token)
+        text, finish = self._cut(token, self._decoded(token))
         if not text and finish is None:
             return None
         token_ids, self._token_ids = tuple(self._token_ids), []
         return TextDelta(text, finish, token_ids, token.choice)
 
-    def _text(self, token: OutputToken) -> tuple[str, FinishReason | None]:
-        """A token that ends the answer by itself (EOS, a stop token) has no text."""
-        text = "" if token.finish == "stop" else self._detokenizer.feed(token.token)
-        if token.finish is not None:
-            text += self._detokenizer.flush()
+    def _decoded(self, token: OutputToken) -> str:
+        """A token that ends the answer by itself (EOS, a stop token) has no text, unless that is wanted."""
+        hidden = token.finish == "stop" and not self._shows_end
+        text = "" if hidden else self._detokenizer.feed(token.token)
+        return text if token.finish is None else text + self._detokenizer.flush()
+
+    def _cut(self, token: OutputToken, text: str) -> tuple[str, FinishReason | None]:
+        """What may be shown after `text` was decoded, and whether the answer ends with it."""
         if token.index + 1 < self._min_tokens:
             return text, token.finish
         found = self._stops.feed(text)
@@ -79,9 +107,53 @@ class AnswerText:
         return found.text + held, token.finish
 
 
+class ScoredText(AnswerText):
+    """With the logprobs of its tokens: a delta has those of the tokens whose text ends in it, the last one
+    all that are left. The tokens of a stop string and the end token are among them, though not in the text.
+    """
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopMatcher,
+        min_tokens: int,
+        *,
+        shows_end: bool = False,
+        begin: int = 0,
+    ) -> None:
+        """`begin`: characters that the choice's text has before the answer."""
+        super().__init__(detokenizer, stops, min_tokens, shows_end=shows_end)
+        self._decoded_to = self._shown_to = begin
+        self._waiting: deque[tuple[int, ScoredToken]] = deque()  # with the end of their text
+
+    def feed(self, token: OutputToken) -> TextDelta | None:
+        delta = super().feed(token)
+        if delta is None:
+            return None
+        self._shown_to += len(delta.text)
+        return replace(delta, tokens=tuple(self._shown(whole=delta.finish is not None)))
+
+    def _decoded(self, token: OutputToken) -> str:
+        begin, text = self._decoded_to, super()._decoded(token)
+        self._decoded_to += len(text)
+        self._waiting.append((self._decoded_to, ScoredToken(token.token, begin, token.logprobs)))
+        return text
+
+    def _shown(self, *, whole: bool) -> Iterator[ScoredToken]:
+        while self._waiting and (whole or self._waiting[0][0] <= self._shown_to):
+            yield self._waiting.popleft()[1]
+
+
+class NoAnswer:
+    """Of a request that wants only its prompt back: the one token that workers give at least is not shown."""
+
+    def feed(self, token: OutputToken) -> TextDelta:
+        return TextDelta("", "length", (), token.choice)
+
+
 async def answer(
     bursts: AsyncGenerator[list[Event], None],
-    texts: Sequence[AnswerText],
+    texts: Sequence[TokenText],
     choices: Choices,
     journal: Journal,
 ) -> AsyncGenerator[list[TextDelta], None]:

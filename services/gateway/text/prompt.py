@@ -22,6 +22,8 @@ from services.gateway.api.schema import (
 from services.gateway.door.tenant import ANYBODY, CacheSharing, Tenant
 from services.gateway.path.generation import Generation
 from services.gateway.served_model import ServedModel
+from services.gateway.text.echo import check_scores, echoed
+from services.gateway.text.token_rules import TokenRules, token_rules
 
 T = TypeVar("T")
 
@@ -61,12 +63,13 @@ class PromptReader:
         check_fields(request, strict=self.strict)
         request.check_supported()
         self._check_answers(request)
+        rules = await token_rules(request, self.model.tokenizer)
         prompts = await self._prompts(request)
         limits = [self._max_tokens(request, number, len(ids)) for number, ids in enumerate(prompts)]
         whole = Generation(
             request_id=request_id,
             prompt_ids=[],
-            sampling=self._sampling(request, min(limits)),
+            sampling=self._sampling(request, min(limits), rules),
             deadline=deadline,
             ttft_max_s=request.ttft_max_s,
             priority=request.priority_class,
@@ -74,19 +77,29 @@ class PromptReader:
             salt=tenant.salt(request.cache_salt or "", self.cache_sharing),
             stop=request.stop_strings,
             skip_special_tokens=request.skip_special_tokens is not False,
+            shows_stop=request.include_stop_str_in_output is True,
+            wants_answer=request.answer_tokens_max != 0,
             choices=request.choices,
         )
+        check_scores(request, prompts)
+        echoes = await echoed(request, prompts, self.model.token_bytes)
         return [
             self._part(request, whole, *own)
-            for own in zip(_ids(whole, prompts), prompts, limits, strict=True)
+            for own in zip(_ids(whole, prompts), prompts, echoes, limits, strict=True)
         ]
 
     def _part(
-        self, request: GenerationRequest, whole: Generation, own_id: str, prompt: list[int], max_tokens: int
+        self,
+        request: GenerationRequest,
+        whole: Generation,
+        own_id: str,
+        prompt: list[int],
+        echo: str | None,
+        max_tokens: int,
     ) -> Generation:
         seed = self._seed(request)
         sampling = msgspec.structs.replace(whole.sampling, max_tokens=max_tokens, seed=seed)
-        return replace(whole, request_id=own_id, prompt_ids=prompt, sampling=sampling)
+        return replace(whole, request_id=own_id, prompt_ids=prompt, echo=echo, sampling=sampling)
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel."""
@@ -164,7 +177,7 @@ class PromptReader:
                 "context_length_exceeded",
             )
         if asked is not None:
-            return asked
+            return max(asked, 1)  # workers give one token at least: see Generation.wants_answer
         return room if isinstance(request, ChatCompletionRequest) else min(room, COMPLETION_TOKENS_DEFAULT)
 
     def _check_answers(self, request: GenerationRequest) -> None:
@@ -187,7 +200,7 @@ class PromptReader:
             return self.rng.getrandbits(SEED_BITS)
         return request.seed % (1 << SEED_BITS)
 
-    def _sampling(self, request: GenerationRequest, max_tokens: int) -> SamplingParams:
+    def _sampling(self, request: GenerationRequest, max_tokens: int, rules: TokenRules) -> SamplingParams:
         """All but the seed."""
         if (request.min_tokens or 0) > max_tokens:
             raise BadRequest(f"'min_tokens' is above the answer's limit of {max_tokens}.", "min_tokens")
@@ -204,6 +217,9 @@ class PromptReader:
             frequency_penalty=_given(request.frequency_penalty, 0.0),
             repetition_penalty=_given(request.repetition_penalty, 1.0),
             end_token_ids=tuple(sorted(end_ids | set(stop_ids))),
+            top_logprobs=request.top_logprobs_wanted,
+            prompt_logprobs=request.prompt_logprobs_wanted,
+            **rules,
         )
 
     def checked(self, ids: list[int], param: str) -> list[int]:

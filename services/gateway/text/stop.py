@@ -7,25 +7,26 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Found:
     text: str  # to give to the client
-    stopped: bool  # a stop string was completed; `text` ends before it
+    stopped: bool  # a stop string was completed; `text` ends before it, or with it if that is wanted
 
 
 class StopMatcher:
     """Holds back the longest end of the text that may still become a stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         assert all(stops), "an empty stop string would stop everything"
-        self._stops = tuple(stops)
+        self._stops, self._include = tuple(stops), include
         self._held_max = max(map(len, stops), default=1) - 1
         self._held = ""
 
     def feed(self, text: str) -> Found:
         """Take the next piece of text. After `stopped` the matcher is done."""
         text = self._held + text
-        begin = self._first_stop(text)
-        if begin is not None:
+        first = self._first_stop(text)
+        if first is not None:
+            end, begin = first
             self._held = ""
-            return Found(text[:begin], True)
+            return Found(text[: end if self._include else begin], True)
         keep = self._held_length(text)
         self._held = text[len(text) - keep :]
         return Found(text[: len(text) - keep], False)
@@ -35,10 +36,10 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, text: str) -> int | None:
-        """Where the stop string that is completed first begins; of several, the longest one."""
+    def _first_stop(self, text: str) -> tuple[int, int] | None:
+        """Where the stop string that is completed first ends and begins; of several, the longest one."""
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
-        return min(found)[1] if found else None
+        return min(found) if found else None
 
     def _held_length(self, text: str) -> int:
         for length in range(min(self._held_max, len(text)), 0, -1):

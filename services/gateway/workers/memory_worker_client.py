@@ -15,6 +15,7 @@ from typing import Literal
 
 from services.core.child_tasks import ChildTasks
 from services.core.errors import WorkerLost
+from services.core.logprobs import PromptLogprobs, TokenLogprobs
 from services.core.worker_report import WorkerKey, WorkerReport
 from services.gateway.workers.worker_client import DecodeEvent, OutputToken, PrefillResult, Sequence, Started
 
@@ -60,7 +61,8 @@ class MemoryWorkerClient:
             if fault is not None:
                 await self._suffer(fault, call)
             await asyncio.sleep(0)
-            return PrefillResult(self._firsts(sequence), 0, 0.0, 0.0)
+            scored = prompt_scores(sequence)
+            return PrefillResult(self._firsts(sequence), 0, 0.0, 0.0, prompt_logprobs=scored)
 
     async def decode(
         self,
@@ -78,6 +80,9 @@ class MemoryWorkerClient:
                 going_on -= {token.choice for token in self._firsts(sequence) if token.finish}
             if fault is None or fault.after_tokens:
                 deliver(Started(0, 0.0, 0, 0.0, 0.0))
+                if source is None:
+                    for part in prompt_scores(sequence):
+                        deliver(part)
             for index in range(first, sequence.sampling.max_tokens):
                 if fault is not None and index - first == fault.after_tokens:
                     await self._suffer(fault, call)
@@ -112,7 +117,9 @@ class MemoryWorkerClient:
     def _token(self, sequence: Sequence, index: int, choice: int) -> OutputToken:
         answer = self._answer_of(sequence.prompt_ids)
         token = answer[(index + choice) % len(answer)]
-        return OutputToken(index, token, sequence.sampling.finish(token, index + 1), choice)
+        top = sequence.sampling.top_logprobs
+        logprobs = None if top is None else scores_of(token, top)
+        return OutputToken(index, token, sequence.sampling.finish(token, index + 1), choice, logprobs)
 
     def _next_fault(self, worker: WorkerReport, kind: CallKind) -> Fault | None:
         faults = self._faults[worker.worker_id, kind] or self._faults[ANY_WORKER, kind]
@@ -143,3 +150,21 @@ class MemoryWorkerClient:
         await asyncio.sleep(0)
         if call.lost.is_set():
             raise WorkerLost(f"{call.worker.worker_id} left the cluster")
+
+
+def scores_of(token: int, top: int) -> TokenLogprobs:
+    """What this model says of a token, wherever it is: it is one of the three most probable ones."""
+    rank = 1 + token % 3
+    best = [token + place + 1 - rank for place in range(top)]
+    return TokenLogprobs(-rank / 4, rank, tuple(best), tuple(-(place + 1) / 4 for place in range(top)))
+
+
+def prompt_scores(sequence: Sequence) -> tuple[PromptLogprobs, ...]:
+    """Of a prompt's tokens from the second one on, if they are asked for: in parts of four."""
+    top, ids = sequence.sampling.prompt_logprobs, sequence.prompt_ids
+    if top is None:
+        return ()
+    return tuple(
+        PromptLogprobs.of(first, top, [scores_of(token, top) for token in ids[first : first + 4]])
+        for first in range(1, len(ids), 4)
+    )

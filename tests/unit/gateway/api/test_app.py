@@ -260,7 +260,7 @@ class TestMetrics:
     async def test_a_request_leaves_its_counts_and_stages(self, cluster) -> None:
         body = {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 5}
         await cluster.http.post("/v1/completions", json=body)
-        await cluster.http.post("/v1/completions", json=body | {"max_tokens": 0})
+        await cluster.http.post("/v1/completions", json=body | {"max_tokens": -1})
         text = (await cluster.http.get("/metrics")).text
         assert 'requests_total{endpoint="completions",outcome="ok"} 1.0' in text
         assert 'requests_total{endpoint="completions",outcome="bad_request"} 1.0' in text
