@@ -69,6 +69,7 @@ class StoreConnection:
         self._url = url
         self._timeout_s = timeout_s
         self._turns = asyncio.Semaphore(CONNECTIONS_MAX)
+        self._finding_out = asyncio.Lock()
         self._server: Redis = Redis.from_pool(pool)  # that the URL names
         self._client: Client | None = None  # None: not yet known what it is
         settings = pool.connection_kwargs  # names the server without the URL's password
@@ -127,10 +128,15 @@ class StoreConnection:
         await self._server.aclose()
 
     async def _find_out(self) -> Client:
-        hello = await self._hello()
-        if self._client is None:  # nobody else was faster
-            self._client = self._cluster() if hello["mode"] == "cluster" else self._server
-        return self._client
+        async with self._finding_out:
+            if self._client is None:  # nobody else was faster
+                hello = await self._hello()
+                if hello["mode"] == "cluster":
+                    # Before anybody else has it: first calls at the same moment would break its connections.
+                    self._client = await self._cluster().initialize()
+                else:
+                    self._client = self._server
+            return self._client
 
     async def _hello(self) -> dict[str, str]:
         """What the server says of itself. INFO would say it too, but not to everybody."""

@@ -44,6 +44,15 @@ async def test_a_killed_server_is_unavailable_and_a_restarted_one_works_at_once(
         assert all(await asyncio.gather(*(ping(connection) for _ in range(4))))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_many_may_make_the_first_call(connect, redis_url, kind):
+    script = Script(f"return {uuid.uuid4().int % 1000} + redis.call('INCRBY', KEYS[1], 1)")
+    for _ in range(2):
+        connection, key = connect(redis_url(kind)), uuid.uuid4().hex
+        answers = await asyncio.gather(*(connection.run(Call(script, [key])) for _ in range(50)))
+        assert len(set(answers)) == 50
+
+
 async def test_a_server_that_restarted_between_two_calls_is_not_noticed(connect):
     with EmbeddedValkey() as valkey:
         connection = connect(valkey.url)
