@@ -3,6 +3,9 @@
     DiptychError
     ├── BadRequest          the client's input is wrong; `param` names the field
     │   └── UnknownModel    the client named a model that is not served
+    ├── InvalidKey          no API key came with a request, or one that nobody has (any more)
+    ├── NotAllowed          the API key is good, but not for this
+    ├── RateLimited         the API key has used up a limit; try again after `retry_after_s`
     ├── Overloaded          no room now; try again after `retry_after_s`
     ├── NoWorker            no live worker can take the request
     ├── WorkerLost          a worker or the connection to it died
@@ -52,6 +55,21 @@ class BadRequest(DiptychError):
 
 class UnknownModel(BadRequest):
     pass
+
+
+class InvalidKey(DiptychError):
+    pass
+
+
+class NotAllowed(DiptychError):
+    pass
+
+
+class RateLimited(DiptychError):
+    def __init__(self, message: str, limit: str = "requests", retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.limit = limit  # requests, tokens or concurrent
+        self.retry_after_s = retry_after_s
 
 
 class Overloaded(DiptychError):
@@ -157,6 +175,9 @@ class Facts:
 FACTS: dict[type[DiptychError], Facts] = {
     BadRequest: Facts(400, "INVALID_ARGUMENT", False, "bad_request"),
     UnknownModel: Facts(404, "NOT_FOUND", False, "unknown_model"),
+    InvalidKey: Facts(401, "UNAUTHENTICATED", False, "invalid_api_key"),
+    NotAllowed: Facts(403, "PERMISSION_DENIED", False, "not_allowed"),
+    RateLimited: Facts(429, "RESOURCE_EXHAUSTED", False, "rate_limit_exceeded"),
     Overloaded: Facts(429, "RESOURCE_EXHAUSTED", True, "overloaded"),
     NoWorker: Facts(503, "UNAVAILABLE", True, "no_worker"),
     WorkerLost: Facts(503, "UNAVAILABLE", True, "worker_lost"),

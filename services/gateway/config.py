@@ -22,6 +22,19 @@ class GatewayConfig:
         metadata={"help": "connections of clients at the same time; more get 503", "range": (1, 1_000_000)},
     )
     redis: str = field(default="", metadata={"help": "URL of the Redis that the cluster shares"})
+    keys: str = field(
+        default="",
+        metadata={
+            "help": "API keys that are let in: file:PATH, or redis for those in --redis (see "
+            "`diptych keys`); none: anybody, so the gateway listens to this machine only"
+        },
+    )
+    open: bool = field(
+        default=False,
+        metadata={
+            "help": "without API keys, listen to other machines too: something in front checks who asks"
+        },
+    )
     model: str = field(
         default="", metadata={"help": "GGUF file or Hugging Face folder (default: the default model)"}
     )
@@ -124,6 +137,10 @@ class GatewayConfig:
         default=False,
         metadata={"help": "requests with fields that nobody knows get 400; else they are ignored"},
     )
+    bodies_bytes_max: int = field(
+        default=256 << 20, metadata={"help": "of all requests in this gateway together; more get 429"}
+    )
+    body_timeout_s: float = field(default=60.0, metadata={"help": "bodies that take longer to come get 408"})
     membership_poll_s: float = field(
         default=0.1, metadata={"help": "how often to read which workers there are"}
     )

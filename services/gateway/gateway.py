@@ -18,6 +18,7 @@ from services.gateway.api.responses import RouteAnswer
 from services.gateway.api.schema import GenerationRequest
 from services.gateway.cluster.cluster_view import ClusterView
 from services.gateway.config import GatewayConfig
+from services.gateway.door.door import Door, LockedDoor, Locks
 from services.gateway.door.tenant import Tenant
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.path.answers import Answers, Part
@@ -47,9 +48,11 @@ class Gateway:
         index: PrefixIndex,
         workers: WorkerClient,
         clock: Clock,
+        locks: Locks | None = None,
     ) -> None:
         self.config, self.model, self.clock = config, model, clock
         self.metrics = GatewayMetrics()
+        self.door = Door() if locks is None else LockedDoor(*locks, self.metrics, clock)
         self.view = ClusterView(membership, index, workers, clock, model.name)
         self.draining = False
         self._rng = random.Random(config.seed or None)
@@ -80,7 +83,7 @@ class Gateway:
     @property
     def ready(self) -> bool:
         """Whether new requests should come here."""
-        return self.view.ready and not self.draining
+        return self.view.ready and self.door.ready and not self.draining
 
     def answering(
         self, generations: Sequence[Generation], record: Record

@@ -16,12 +16,16 @@ from services.core.errors import ConfigError
 from services.core.log import setup_logging
 from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
+from services.gateway.door.door import Locks
+from services.gateway.door.exposure import check_exposure, described
 from services.gateway.gateway import Gateway
 from services.gateway.http_server import Server, allow_connections, server_config
 from services.gateway.https import HttpsContext, open_https
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.redis_index import RedisPrefixIndex
+from services.keys.open_keys import open_keys
+from services.keys.redis_limits import RedisLimits
 from services.membership.redis_membership import RedisMembership
 from services.model.files import open_model
 from services.model.pull import ensure_default_model
@@ -45,13 +49,19 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
     """Run one gateway in the present event loop; see `run`."""
     if not config.redis:
         raise ConfigError("the gateway needs --redis URL: the Redis that the workers announce themselves in")
-    https = open_https(config.tls_cert, config.tls_key)
+    check_exposure(config)
+    https, locks = open_https(config.tls_cert, config.tls_key), _locks(config)
     with _listening_socket(config.host, config.port) as listener:
         model = await asyncio.to_thread(_load_model, config)
         membership, index = RedisMembership(config.redis), RedisPrefixIndex(config.redis)
         workers = GrpcWorkerClient(network)
         try:
-            await _serve(Gateway(config, model, membership, index, workers, SystemClock()), listener, https)
+            gateway = Gateway(config, model, membership, index, workers, SystemClock(), locks)
+            try:
+                await gateway.door.open()
+                await _serve(gateway, listener, https)
+            finally:
+                await gateway.door.close()
         finally:
             await workers.close()
             await index.close()
@@ -65,16 +75,17 @@ async def _serve(gateway: Gateway, listener: socket.socket, https: HttpsContext 
     _drain_on_signals(gateway, server)
     async with ChildTasks() as tasks:
         following = tasks.start(gateway.view.follow(gateway.config.membership_poll_s))
+        watching = tasks.start(gateway.door.watch())
         serving = tasks.start(server.serve(sockets=[listener]))
         if https is not None:
             tasks.start(https.renew_forever(gateway.clock))
         host, port = listener.getsockname()[:2]
-        scheme = "https" if https else "http"
-        logger.info("serving %s on %s://%s:%d/v1", gateway.model.name, scheme, host, port)
-        await asyncio.wait([following, serving], return_when=asyncio.FIRST_COMPLETED)
-        for task in (serving, following):
+        scheme, who = "https" if https else "http", described(gateway.config)
+        logger.info("serving %s on %s://%s:%d/v1; %s", gateway.model.name, scheme, host, port, who)
+        await asyncio.wait([following, watching, serving], return_when=asyncio.FIRST_COMPLETED)
+        for task in (serving, following, watching):
             if task.done():
-                task.result()  # a gateway that cannot follow the cluster any more crashes
+                task.result()  # a gateway that cannot follow the cluster, or its keys, any more crashes
 
 
 def _relieve_collector() -> None:
@@ -109,6 +120,11 @@ def _server_config(gateway: Gateway, https: HttpsContext | None) -> uvicorn.Conf
         logger.warning("this process may open files for %d connections only (ulimit -n)", connections_max)
     tls = https.context if https else None
     return server_config(build_app(gateway), tls, connections_max, config.drain_grace_s)
+
+
+def _locks(config: GatewayConfig) -> Locks | None:
+    """Raises ConfigError for a wrong setting."""
+    return Locks(open_keys(config.keys, config.redis), RedisLimits(config.redis)) if config.keys else None
 
 
 def _load_model(config: GatewayConfig) -> ServedModel:

@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from services.core.stages import Stage
+from services.gateway.key_metrics import KeyMetrics
 from services.gateway.token_metrics import TokenMetrics
 
 # From a cached token on a GPU (5 ms) to a long prompt behind a full queue on a small CPU (2 minutes).
@@ -66,6 +67,10 @@ class GatewayMetrics:
             "Requests refused with 429 by this gateway, by reason (services/gateway/admission/admission.py)",
             ["reason"],
             registry=registry,
+        )
+        self.keys = KeyMetrics(registry)
+        self.unauthorized = self._counter(
+            "unauthorized", "Requests refused with 401: no API key, or a wrong one"
         )
         self.retries = Counter(
             "diptych_gateway_retries",

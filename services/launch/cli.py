@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from services.core.errors import ConfigError, DiptychError
-from services.launch import certs, chat, demo, doctor, explain, model, role, service, status, up
+from services.launch import certs, chat, demo, doctor, explain, keys, model, role, service, status, up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_parser(commands)
     explain.add_parser(commands)
     role.add_parser(commands)
+    keys.add_parser(commands)
     doctor.add_parser(commands)
     model.add_parser(commands)
     certs.add_parser(commands)

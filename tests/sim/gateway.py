@@ -12,6 +12,8 @@ from services.core.errors import DiptychError, facts
 from services.gateway.api.exchange import Exchange
 from services.gateway.api.schema import CompletionRequest
 from services.gateway.config import GatewayConfig
+from services.gateway.door.tenant import Tenant
+from services.gateway.door.visits import Visit
 from services.gateway.gateway import Gateway
 from services.gateway.served_model import ServedModel
 from services.gateway.text.detokenizer import TokenBytes
@@ -167,10 +169,13 @@ class SimGateway:
 
     async def _respond(self, request_id: str, call: HttpCall) -> None:
         state = SimpleNamespace(
-            request_id=request_id, client_request_id=request_id, received_at=self._world.clock.now()
+            request_id=request_id,
+            client_request_id=request_id,
+            received_at=self._world.clock.now(),
+            visit=Visit(Tenant.of(call.headers.get("authorization"))),
         )
         body = CompletionRequest.model_validate(call.body)
-        http = SimpleNamespace(state=state, headers=call.headers)
+        http = SimpleNamespace(state=state)
         exchange = Exchange(self.gateway, "completions", body, http)  # type: ignore[arg-type]
         try:
             await exchange({"type": "http"}, call.receive, call.send)

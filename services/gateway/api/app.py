@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
 from services.core.errors import BadRequest, UnknownModel
+from services.gateway.api.body import BodyLimits
 from services.gateway.api.edge import Edge
 from services.gateway.api.exchange import Exchange
 from services.gateway.api.http_errors import install_error_handlers
@@ -37,7 +38,7 @@ from services.gateway.api.tokenization import (
     Tokenized,
     TokenizeRequest,
 )
-from services.gateway.door.tenant import Tenant
+from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
 from services.gateway.path.record import Record
 
@@ -45,11 +46,12 @@ ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "com
 # "default" also keeps FastAPI from documenting its own error body, which nobody ever gets.
 _ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Error"}}
 
-# For the OpenAPI page; the header is read in services/gateway/door/tenant.py.
+# For the OpenAPI page; the header is read in services/gateway/door/door.py.
 _KEY = Security(
     HTTPBearer(
         scheme_name="API key",
-        description="Any key, or none. Requests of different keys share no cached prompts.",
+        description="A key that the operator has given out; where none are configured, any key or none. "
+        "Requests of different keys share no cached prompts.",
         auto_error=False,
     )
 )
@@ -57,7 +59,7 @@ _KEY = Security(
 
 def build_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Diptych", description="OpenAI's API over a disaggregated LLM cluster")
-    app.add_middleware(Edge, clock=gateway.clock, body_bytes_max=gateway.config.body_bytes_max)
+    app.add_middleware(Edge, clock=gateway.clock, door=gateway.door, body_limits=_body_limits(gateway.config))
     install_error_handlers(app, gateway.metrics, ENDPOINTS)
     _add_generation(app, gateway)
     _add_explanation(app, gateway)
@@ -92,7 +94,7 @@ def _add_explanation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/route", responses=_ERRORS, dependencies=[_KEY])
     async def explain(body: AnyRequest, http: Request) -> RouteAnswer:
         """Where a request with this body would go now, and why. Nothing is computed or reserved for it."""
-        return await gateway.explain(body, Tenant.of(http.headers.get("authorization")))
+        return await gateway.explain(body, http.state.visit.tenant)
 
 
 def _add_tokenization(app: FastAPI, gateway: Gateway) -> None:
@@ -164,3 +166,7 @@ def _add_operation(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _body_limits(config: GatewayConfig) -> BodyLimits:
+    return BodyLimits(config.body_bytes_max, config.bodies_bytes_max, config.body_timeout_s)

@@ -1,12 +1,16 @@
-"""The outermost layer of the HTTP side: request ids, arrival times, a limit on bodies."""
+"""The outermost layer of the HTTP side: request ids, arrival times, the door, and the limits of bodies."""
 
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.core.clock import Clock
+from services.core.errors import DiptychError
+from services.gateway.api.body import Bodies, BodyLimits
+from services.gateway.api.http_errors import diptych_error_response
+from services.gateway.door.door import Door
+from services.gateway.door.visits import Visit
 
 REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID_LENGTH_MAX = 128
@@ -17,46 +21,51 @@ class Edge:
 
     - `request_id`: ours, unique; answers and logs are named by it,
     - `client_request_id`: the id that goes back in the header: the client's own, ours if it gave none,
-    - `received_at`: when the request came, in seconds of the clock.
+    - `received_at`: when the request came, in seconds of the clock,
+    - `visit`: whose it is, and what it uses of the limits.
     """
 
-    def __init__(self, app: ASGIApp, clock: Clock, body_bytes_max: int) -> None:
-        self._app, self._clock, self._body_bytes_max = app, clock, body_bytes_max
+    def __init__(self, app: ASGIApp, clock: Clock, door: Door, body_limits: BodyLimits) -> None:
+        self._app, self._clock, self._door = app, clock, door
+        self._bodies = Bodies(body_limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
-        client_request_id = _client_request_id(scope) or request_id
         state = scope.setdefault("state", {})
-        state["request_id"], state["client_request_id"] = request_id, client_request_id
+        state["request_id"] = request_id
+        state["client_request_id"] = _client_request_id(scope) or request_id
         state["received_at"] = self._clock.now()
+        send = _with_headers(send, state)
+        try:
+            visit = self._door.visit(scope["method"], scope["path"], Headers(scope=scope), request_id)
+            state["visit"] = visit
+            await self._door.enter(visit)
+        except DiptychError as error:  # the body stays unread
+            await diptych_error_response(error)(scope, receive, send)
+            return
+        body = self._bodies.open(scope, receive)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            body.close()
+            self._door.leave(visit)
 
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = client_request_id
-            await send(message)
 
-        await self._app(scope, self._limited(scope, receive), send_with_id)
+def _with_headers(send: Send, state: dict[str, object]) -> Send:
+    """The request's id, and what is left of its key's limits."""
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        declared = Headers(scope=scope).get("content-length", "0")
-        received = 0
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers, visit = MutableHeaders(scope=message), state.get("visit")
+            headers[REQUEST_ID_HEADER] = str(state["client_request_id"])
+            if isinstance(visit, Visit):
+                headers.update(visit.headers)
+        await send(message)
 
-        async def receive_limited() -> Message:
-            nonlocal received
-            self._check(int(declared) if declared.isdecimal() else 0)
-            message = await receive()
-            received += len(message.get("body", b""))
-            self._check(received)
-            return message
-
-        return receive_limited
-
-    def _check(self, body_bytes: int) -> None:
-        if body_bytes > self._body_bytes_max:
-            raise HTTPException(413, f"The body is larger than {self._body_bytes_max} bytes")
+    return send_with_headers
 
 
 def _client_request_id(scope: Scope) -> str | None:

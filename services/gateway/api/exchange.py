@@ -20,7 +20,7 @@ from services.gateway.api.http_errors import diptych_error_response, error_body,
 from services.gateway.api.reply import Reply
 from services.gateway.api.responses import ErrorBody
 from services.gateway.api.sse import EventStream
-from services.gateway.door.tenant import Tenant
+from services.gateway.door.visits import Visit
 from services.gateway.gateway import Gateway
 from services.gateway.text.answer import TextDelta
 
@@ -36,7 +36,7 @@ class Exchange(Response):
         # Ours, not the client's: two requests with one X-Request-Id must not meet on a worker.
         self._request_id: str = http.state.request_id
         self._client_request_id: str = http.state.client_request_id
-        self._tenant = Tenant.of(http.headers.get("authorization"))
+        self._visit: Visit = http.state.visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises a DiptychError only while no byte of the answer is sent."""
@@ -81,7 +81,9 @@ class Exchange(Response):
 
     async def _deltas(self) -> AsyncGenerator[list[TextDelta], None]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
-        generations = await self._reply.read(self._request_id, deadline, self._tenant)
+        generations = await self._reply.read(self._request_id, deadline, self._visit.tenant)
+        await self._visit.take_prompt(sum(len(generation.prompt_ids) for generation in generations))
+        self._visit.count_answer(lambda: self._reply.record.completion_tokens)
         async with self._gateway.answering(generations, self._reply.record) as deltas:
             context = {"request_id": self._request_id}
             logger.debug("admitted the client's request %s", self._client_request_id, extra=context)

@@ -9,7 +9,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from services.core.errors import BadRequest, DiptychError, NoWorker, Overloaded, UnknownModel, facts
+from services.core.errors import (
+    BadRequest,
+    DiptychError,
+    InvalidKey,
+    NoWorker,
+    Overloaded,
+    RateLimited,
+    UnknownModel,
+    facts,
+)
 from services.gateway.api.responses import ErrorBody, ErrorDetails
 from services.gateway.api.schema import CHAT, COMPLETION
 from services.gateway.metrics import GatewayMetrics
@@ -49,6 +58,8 @@ def error_body(error: DiptychError) -> ErrorBody:
     status = facts(error).http_status
     if isinstance(error, UnknownModel):
         return _body(error.message, status, error.param, "model_not_found")
+    if isinstance(error, RateLimited):
+        return _rate_limit_body(error)
     code = error.code if isinstance(error, BadRequest) else facts(error).label
     return _body(error.message, status, error.param, code)
 
@@ -58,7 +69,7 @@ def internal_error_body() -> ErrorBody:
 
 
 def diptych_error_response(error: DiptychError) -> Response:
-    return error_response(facts(error).http_status, error_body(error), _retry_headers(error))
+    return error_response(facts(error).http_status, error_body(error), _headers(error))
 
 
 def error_response(status: int, body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
@@ -72,7 +83,20 @@ def _body(message: str, status: int, param: str | None = None, code: str | None 
     return ErrorBody(error=ErrorDetails(message=message, type=kind, param=param, code=code))
 
 
-def _retry_headers(error: DiptychError) -> dict[str, str]:
+def _rate_limit_body(error: RateLimited) -> ErrorBody:
+    """OpenAI's type says what there was too much of: requests or tokens."""
+    kind = "tokens" if error.limit == "tokens" else "requests"
+    return ErrorBody(
+        error=ErrorDetails(message=error.message, type=kind, param=None, code=facts(error).label)
+    )
+
+
+def _headers(error: DiptychError) -> dict[str, str]:
+    if isinstance(error, InvalidKey):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, RateLimited):  # OpenAI's clients wait for the milliseconds, others for the seconds
+        milliseconds = math.ceil(error.retry_after_s * 1e3)
+        return {"Retry-After": str(math.ceil(error.retry_after_s)), "Retry-After-Ms": str(milliseconds)}
     if isinstance(error, Overloaded | NoWorker):
         return {"Retry-After": str(math.ceil(error.retry_after_s))}
     return {}

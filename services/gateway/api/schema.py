@@ -48,7 +48,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (),
 }
 _HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
-_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
+_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others ask for nothing
 # In one request, whatever the gateway's settings. An object takes about 5 microseconds to check.
 PROMPTS_MAX = MESSAGES_MAX = PARTS_MAX = 2048  # of messages OpenAI takes as many
 
@@ -183,10 +183,10 @@ class GenerationRequest(Body):
     )
 
     @property
-    def priority_class(self) -> Priority:
-        """`priority` as in vLLM, which wins; or OpenAI's `service_tier`."""
+    def priority_class(self) -> Priority | None:
+        """`priority` as in vLLM, which wins; or OpenAI's `service_tier`. None: not asked for."""
         if self.priority is None:
-            return _TIERS.get(self.service_tier or "", Priority.NORMAL)
+            return _TIERS.get(self.service_tier or "")
         if self.priority < 0:
             return Priority.HIGH
         return Priority.LOW if self.priority > 0 else Priority.NORMAL

@@ -111,6 +111,11 @@ class Journal:
             self._timeline.enter(stage)
 
     @property
+    def completion_tokens(self) -> int:
+        """Of all choices, so far."""
+        return self._completion_tokens
+
+    @property
     def usage(self) -> Usage:
         completion_tokens = self._completion_tokens if self._wants_answer else 0
         return Usage(

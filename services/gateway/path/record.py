@@ -62,6 +62,11 @@ class Record:
         self._metrics.requests.labels(self._endpoint, outcome).inc()
 
     @property
+    def completion_tokens(self) -> int:
+        """Of all answers, so far."""
+        return sum(journal.completion_tokens for journal in self._journals)
+
+    @property
     def usage(self) -> Usage:
         each = [journal.usage for journal in self._journals]
         return Usage(

@@ -72,7 +72,7 @@ class PromptReader:
             sampling=self._sampling(request, min(limits), rules),
             deadline=deadline,
             ttft_max_s=request.ttft_max_s,
-            priority=request.priority_class,
+            priority=tenant.priority_for(request.priority_class),
             tenant=tenant.id,
             salt=tenant.salt(request.cache_salt or "", self.cache_sharing),
             stop=request.stop_strings,

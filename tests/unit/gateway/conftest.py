@@ -37,7 +37,7 @@ async def start_cluster(served_model: ServedModel, network: bool):
     """`await start_cluster(config fields...)`, any number of times in a test."""
     async with AsyncExitStack() as stack:
 
-        async def start(*, reports=None, answer: str = ANSWER, **config) -> InMemoryCluster:
+        async def start(*, reports=None, answer: str = ANSWER, locks=None, **config) -> InMemoryCluster:
             config = {
                 "route_split": "always",
                 "seed": 7,
@@ -45,7 +45,7 @@ async def start_cluster(served_model: ServedModel, network: bool):
                 "no_worker_timeout_s": 0.5,
                 **config,
             }
-            cluster = InMemoryCluster(served_model, GatewayConfig(**config), answer)
+            cluster = InMemoryCluster(served_model, GatewayConfig(**config), answer, locks)
             reports = four_workers() if reports is None else reports
             return await stack.enter_async_context(cluster.serving(*reports, network=network))
 

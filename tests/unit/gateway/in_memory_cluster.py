@@ -5,9 +5,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 
+from services.core.child_tasks import ChildTasks
 from services.core.clock import SystemClock
 from services.gateway.api.app import build_app
 from services.gateway.config import GatewayConfig
+from services.gateway.door.door import Locks
 from services.gateway.gateway import Gateway
 from services.gateway.http_server import Server, server_config
 from services.gateway.served_model import ServedModel
@@ -27,7 +29,13 @@ class InMemoryCluster:
     answers every prompt with `answer` and the end token.
     """
 
-    def __init__(self, model: ServedModel, config: GatewayConfig, answer: str = ANSWER) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        config: GatewayConfig,
+        answer: str = ANSWER,
+        locks: Locks | None = None,
+    ) -> None:
         self.clock = SystemClock()
         self.membership = MemoryMembership(self.clock, ttl_s=3600)
         self.index = MemoryPrefixIndex(self.clock, ttl_s=3600)
@@ -35,7 +43,7 @@ class InMemoryCluster:
         self.answer_ids = [*model.tokenizer.encode(answer, add_special_tokens=False), end]
         self.answers: dict[tuple[int, ...], list[int]] = {}  # by prompt, where it has one of its own
         self.workers = MemoryWorkerClient(lambda prompt: self.answers.get(tuple(prompt), self.answer_ids))
-        self.gateway = Gateway(config, model, self.membership, self.index, self.workers, self.clock)
+        self.gateway = Gateway(config, model, self.membership, self.index, self.workers, self.clock, locks)
         self.url = ""
 
     @asynccontextmanager
@@ -43,8 +51,11 @@ class InMemoryCluster:
         for worker in reports:
             await self.membership.announce(worker)
         await self.gateway.view.refresh()
+        await self.gateway.door.open()
         app = build_app(self.gateway)
         async with AsyncExitStack() as stack:
+            tasks = await stack.enter_async_context(ChildTasks())
+            tasks.start(self.gateway.door.watch())
             self.http = await stack.enter_async_context(over_network(app) if network else in_process(app))
             self.url = str(self.http.base_url)
             yield self
