@@ -10,11 +10,13 @@ from tokenizers.models import WordLevel
 
 from services.core.errors import DiptychError, facts
 from services.gateway.api.exchange import Exchange
+from services.gateway.api.reply import ChoicesReply
 from services.gateway.api.schema import CompletionRequest
 from services.gateway.config import GatewayConfig
 from services.gateway.door.tenant import Tenant
 from services.gateway.door.visits import Visit
 from services.gateway.gateway import Gateway
+from services.gateway.path.record import Record
 from services.gateway.served_model import ServedModel
 from services.gateway.text.detokenizer import TokenBytes
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
@@ -176,7 +178,9 @@ class SimGateway:
         )
         body = CompletionRequest.model_validate(call.body)
         http = SimpleNamespace(state=state)
-        exchange = Exchange(self.gateway, "completions", body, http)  # type: ignore[arg-type]
+        record = Record("completions", self.gateway.clock, self.gateway.metrics, state.received_at)
+        reply = ChoicesReply(body, self.gateway.prompts, record, request_id)
+        exchange = Exchange(self.gateway, reply, http)  # type: ignore[arg-type]
         try:
             await exchange({"type": "http"}, call.receive, call.send)
         except DiptychError as error:
