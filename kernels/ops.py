@@ -12,11 +12,13 @@ from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rope import apply_rope, rope_angles, rope_frequencies, scale_linear, scale_llama3
 from kernels.reference.sampling import gumbel_argmax, keep_min_p, keep_top_k, keep_top_p
 from kernels.reference.swiglu import swiglu
+from kernels.reference.token_mask import allow
 
 __all__ = [
     "AttentionGroup",
     "AttentionRow",
     "add_bias",
+    "allow",
     "apply_rope",
     "forbid",
     "gumbel_argmax",

@@ -2,7 +2,8 @@
 
     DiptychError
     ├── BadRequest          the client's input is wrong; `param` names the field
-    │   └── UnknownModel    the client named a model that is not served
+    │   ├── UnknownModel    the client named a model that is not served
+    │   └── Unanswerable    what the request allows leaves its answer no next token
     ├── InvalidKey          no API key came with a request, or one that nobody has (any more)
     ├── NotAllowed          the API key is good, but not for this
     ├── RateLimited         the API key has used up a limit; try again after `retry_after_s`
@@ -54,6 +55,10 @@ class BadRequest(DiptychError):
 
 
 class UnknownModel(BadRequest):
+    pass
+
+
+class Unanswerable(BadRequest):
     pass
 
 
@@ -175,6 +180,7 @@ class Facts:
 FACTS: dict[type[DiptychError], Facts] = {
     BadRequest: Facts(400, "INVALID_ARGUMENT", False, "bad_request"),
     UnknownModel: Facts(404, "NOT_FOUND", False, "unknown_model"),
+    Unanswerable: Facts(400, "INVALID_ARGUMENT", False, "unanswerable"),
     InvalidKey: Facts(401, "UNAUTHENTICATED", False, "invalid_api_key"),
     NotAllowed: Facts(403, "PERMISSION_DENIED", False, "not_allowed"),
     RateLimited: Facts(429, "RESOURCE_EXHAUSTED", False, "rate_limit_exceeded"),

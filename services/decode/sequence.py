@@ -23,6 +23,7 @@ from services.engine.messages import (
     Admitted,
     Advanced,
     DropChoice,
+    Failed,
     Landed,
     Refused,
     Revoked,
@@ -138,6 +139,9 @@ class DecodeSequence:
                 self._token(event)
             case Refused():  # the engine does not have the sequence, or is gone itself
                 self.give_up(from_label(event.code, event.message))
+            case Failed():
+                if event.choice in self._open:  # else it crossed the choice's cancel
+                    self.give_up(from_label(event.code, event.message))
             case Stalled():
                 self.give_up(event.error)
             case Revoked():

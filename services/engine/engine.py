@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 
+import msgspec
+
 from router.step_model import StepWork, context_of
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import Clock
-from services.core.errors import FACTS, DiptychError, KvSourceLost, Overloaded
+from services.core.errors import FACTS, DiptychError, KvSourceLost, Overloaded, Unanswerable, facts
 from services.core.worker_report import sequence_tag
 from services.engine.block_pool import BlockPool, Generations
 from services.engine.messages import (
@@ -22,6 +24,7 @@ from services.engine.messages import (
     Command,
     Drop,
     DropChoice,
+    Failed,
     Fetched,
     Gauges,
     Landed,
@@ -69,6 +72,7 @@ class Engine:
         self._pool = BlockPool(blocks, compatibility.block_size, generations)
         self._scheduler = Scheduler(self._pool, limits)
         self._sequences: dict[str, list[Sequence]] = {}  # several: choices that have forked
+        self._preparing: dict[str, Submit] = {}  # until the runner can sample with their parameters
         self._loans: dict[str, list[int]] = {}  # cached blocks that are kept for readers elsewhere
         self._times = StepTimes()
         self._newest: deque[int] = deque(maxlen=_NEWEST)  # tags of the sequences that were taken last
@@ -85,8 +89,13 @@ class Engine:
     def has_report(self) -> bool:
         return bool(
             self._admitted or self._refused or self._advanced or self._scored or self._tokens
-            or self._revoked or self._dropped or self._step or self._pinged or self._silence_s
+            or self._revoked or self._failed or self._dropped or self._step or self._pinged or self._silence_s
         )  # fmt: skip
+
+    @property
+    def preparing(self) -> bool:
+        """A sequence waits for something that is made outside the steps."""
+        return bool(self._preparing)
 
     def warm_up(self) -> None:
         """Before any command: see warm_up.py."""
@@ -113,6 +122,8 @@ class Engine:
 
     def step(self) -> bool:
         """Admit, schedule, run, commit. False: there was nothing to run."""
+        for submit in list(self._preparing.values()):
+            self._take_if_prepared(submit)
         chunks = self._scheduler.schedule(self._times)
         self._collect_admitted()
         self._collect_revoked()
@@ -137,6 +148,7 @@ class Engine:
             scored=self._scored,
             tokens=self._tokens,
             revoked=self._revoked,
+            failed=self._failed,
             dropped=self._dropped,
             stored=stored,
             evicted=evicted,
@@ -155,10 +167,25 @@ class Engine:
     # Commands
 
     def _submit(self, submit: Submit) -> None:
-        assert submit.seq_id not in self._sequences, f"sequence {submit.seq_id} submitted twice"
+        known = submit.seq_id in self._sequences or submit.seq_id in self._preparing
+        assert not known, f"sequence {submit.seq_id} submitted twice"
+        self._preparing[submit.seq_id] = submit
+        self._take_if_prepared(submit)
+
+    def _take_if_prepared(self, submit: Submit) -> None:
+        try:
+            if not self._runner.prepare(submit.sampling):
+                return
+        except DiptychError as error:
+            self._refused.append(Refused(submit.seq_id, facts(error).label, error.message))
+        else:
+            self._take(submit)
+        del self._preparing[submit.seq_id]
+
+    def _take(self, submit: Submit) -> None:
         sequence = Sequence(submit, self._root(submit.salt), self._clock.now())
         if refusal := self._refusal(sequence):
-            self._refused.append(Refused(submit.seq_id, FACTS[type(refusal)].label, refusal.message))
+            self._refused.append(Refused(submit.seq_id, facts(refusal).label, refusal.message))
             return
         self._sequences[submit.seq_id] = [sequence]
         self._newest.append(sequence_tag(submit.seq_id))
@@ -183,7 +210,7 @@ class Engine:
         blocks = self._pool.match(chain_hashes(command.token_ids, size, self._root(command.salt)))
         if not blocks:
             gone = KvSourceLost("the prefix is no longer cached here")
-            self._refused.append(Refused(command.seq_id, FACTS[type(gone)].label, gone.message))
+            self._refused.append(Refused(command.seq_id, facts(gone).label, gone.message))
             return
         self._pool.acquire(blocks)
         self._loans[command.seq_id] = blocks
@@ -220,12 +247,16 @@ class Engine:
         self._go_on(sequence, command.tokens)
 
     def _drop(self, command: Drop) -> None:
+        self._preparing.pop(command.seq_id, None)
         for sequence in self._sequences.pop(command.seq_id, []):
             self._scheduler.remove(sequence)
         self._pool.release(self._loans.pop(command.seq_id, []))
         self._dropped.append(command.seq_id)
 
     def _drop_choice(self, command: DropChoice) -> None:
+        if submit := self._preparing.get(command.seq_id):
+            choices = tuple(choice for choice in submit.choices if choice != command.choice)
+            self._preparing[command.seq_id] = msgspec.structs.replace(submit, choices=choices)
         for sequence in list(self._sequences.get(command.seq_id, [])):
             if command.choice in sequence.choices:
                 sequence.serve([choice for choice in sequence.choices if choice != command.choice])
@@ -254,8 +285,12 @@ class Engine:
         """Report a token of each choice; those that it does not end go on."""
         index = len(sequence.output_ids)
         going_on: dict[int, int] = {}
-        for choice, token, logprobs in zip(sequence.choices, outcome.tokens, outcome.logprobs, strict=True):
-            finish = sequence.params.finish(token, index + 1)
+        for place, choice in enumerate(sequence.choices):
+            if reason := outcome.failures.get(place):
+                self._failed.append(Failed(sequence.seq_id, choice, FACTS[Unanswerable].label, reason))
+                continue
+            token, logprobs = outcome.tokens[place], outcome.logprobs[place]
+            finish = "stop" if place in outcome.complete else sequence.params.finish(token, index + 1)
             self._tokens.append(Token(sequence.seq_id, index, token, finish, choice, logprobs))
             if not finish:
                 going_on[choice] = token
@@ -338,6 +373,7 @@ class Engine:
         self._scored: list[Scored] = []
         self._tokens: list[Token] = []
         self._revoked: list[Revoked] = []
+        self._failed: list[Failed] = []
         self._dropped: list[str] = []
         self._step = None
         self._pinged = False

@@ -40,6 +40,7 @@ from services.engine.messages import (
     Drop,
     EngineReady,
     EngineSetup,
+    Failed,
     Gauges,
     Lend,
     Ping,
@@ -61,7 +62,7 @@ class Stalled:
     error: DiptychError
 
 
-Event = Admitted | Advanced | Scored | Token | Revoked | Refused | Stalled
+Event = Admitted | Advanced | Scored | Token | Revoked | Failed | Refused | Stalled
 Listener = Callable[[Event], None]
 _STOP_GRACE_S = 5.0
 _PING_S = 0.25
@@ -223,7 +224,7 @@ class EngineHandle:
         self._silent_s, self._silence_s = 0.0, report.silence_s
         self.gauges, self.gauges_at = report.gauges, self._clock.now()
         events: list[Event] = [*report.admitted, *report.advanced, *report.scored, *report.tokens]
-        for event in (*events, *report.revoked, *report.refused):
+        for event in (*events, *report.revoked, *report.failed, *report.refused):
             if listener := self._listeners.get(event.seq_id):
                 if isinstance(event, Refused):
                     self._close(event.seq_id)

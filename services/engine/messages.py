@@ -19,7 +19,8 @@ choice has tokens and a finish of its own; the sequence is gone with its last ch
 Refused ends a sequence before Admitted. Drop ends any sequence at any time; its blocks are free (or
 cached) once `dropped` reports it. Revoked asks for the reservation of a `receive` sequence back,
 because running sequences need its blocks: they stay reserved until the Drop that answers it, since
-KV may still be on its way into them. A Start that crosses a Revoked wins: the sequence runs.
+KV may still be on its way into them. A Start that crosses a Revoked wins: the sequence runs. Failed says
+that one choice has no next token; Drop answers it, too.
 """
 
 from typing import Literal
@@ -161,6 +162,15 @@ class Revoked(msgspec.Struct, frozen=True):
     seq_id: str
 
 
+class Failed(msgspec.Struct, frozen=True):
+    """No token may follow in this choice. Nothing more is computed for it; the others go on."""
+
+    seq_id: str
+    choice: int
+    code: str  # a label of core/errors.py
+    message: str
+
+
 class Gauges(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     blocks_free: int = 0
@@ -194,6 +204,7 @@ class Report(msgspec.Struct, frozen=True):
     scored: list[Scored] = []
     tokens: list[Token] = []
     revoked: list[Revoked] = []
+    failed: list[Failed] = []
     dropped: list[str] = []
     stored: list[ChainLink] = []  # blocks that became reusable
     evicted: list[bytes] = []  # hashes of those that no longer are

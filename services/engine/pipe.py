@@ -43,21 +43,22 @@ class EnginePipe:
         assert len(messages) == 1, "more than one message during setup"
         return messages[0]
 
-    def receive(self, *, wait: bool) -> list[bytes] | None:
-        """All complete messages; `wait` blocks for some. None: the other side has closed."""
+    def receive(self, *, wait: bool, wait_s: float | None = None) -> list[bytes] | None:
+        """All complete messages; `wait` blocks for some, or for about `wait_s`. None: the other side has
+        closed."""
         self._send_some()
         while True:
-            if not self._read(wait=wait):
+            if not self._read(wait=wait, wait_s=wait_s):
                 return None
             messages = self._take_messages()
-            if messages or not wait:
+            if messages or not wait or wait_s is not None:
                 return messages
 
-    def _read(self, *, wait: bool) -> bool:
+    def _read(self, *, wait: bool, wait_s: float | None) -> bool:
         """Read what is there. False: closed."""
         if wait:
             writable = [self._socket] if self._outgoing else []
-            readable, writable, _ = select.select([self._socket], writable, [])
+            readable, writable, _ = select.select([self._socket], writable, [], wait_s)
             if writable:
                 self._send_some()
             if not readable:

@@ -23,6 +23,7 @@ from services.engine.engine import Engine
 from services.engine.messages import Command, EngineReady, EngineSetup
 from services.engine.pipe import EnginePipe
 
+_PREPARING_POLL_S = 0.002  # until something that threads prepare is looked for again
 _INTEGRITY_CHECK_S = 5.0  # at most this often: it reads the whole pool's books
 
 
@@ -59,7 +60,8 @@ def serve(engine: Engine, pipe: EnginePipe) -> None:
             engine.check_integrity()
             checked_s = time.monotonic()
         # A step that found nothing to run finds nothing again until a command changes something.
-        messages = pipe.receive(wait=not progressed)
+        wait_s = _PREPARING_POLL_S if engine.preparing else None
+        messages = pipe.receive(wait=not progressed, wait_s=wait_s)
         if messages is None:
             return
         for message in messages:

@@ -8,7 +8,7 @@ transfer therefore changes its tokens, just as it would change a model's.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.core.logprobs import PromptLogprobs, TokenLogprobs
@@ -16,9 +16,10 @@ from services.core.sampling import SamplingParams
 from services.model.pool_geometry import PoolGeometry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sample:
-    """What the sampler needs for one row, besides the logits."""
+    """What the sampler needs for one row, besides the logits. One choice of a sequence has the same one in
+    all its steps, so a runner may keep what it knows of the answer with it."""
 
     params: SamplingParams
     prompt_ids: Sequence[int]
@@ -53,9 +54,16 @@ class Outcome:
     tokens: list[int]  # one per sample
     logprobs: list[TokenLogprobs | None]  # of these tokens, where the sample's parameters ask for them
     scored: PromptLogprobs | None = None  # of the row's targets
+    complete: set[int] = field(default_factory=set)  # samples that end here: no more fits their grammar
+    failures: dict[int, str] = field(default_factory=dict)  # samples that no token may follow, and why
 
 
 class ModelRunner(Protocol):
+    def prepare(self, params: SamplingParams) -> bool:
+        """Whether all is there to sample with `params`; if not, it is being made. Raises BadRequest if it
+        cannot be made."""
+        ...
+
     def run(self, rows: Sequence[Row]) -> list[Outcome]:
         """Write the rows' KV into the pool; one outcome for each of them.
 
@@ -77,6 +85,10 @@ class ArithmeticRunner:
         self._block_size = geometry.block_size
         self._slots = pool.cast("B").cast("i")  # 2 * block_size per block: k, then v
         self._vocab = vocab
+
+    def prepare(self, params: SamplingParams) -> bool:
+        """Its answers follow no grammar."""
+        return True
 
     def run(self, rows: Sequence[Row]) -> list[Outcome]:
         for row in rows:

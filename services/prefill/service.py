@@ -14,7 +14,7 @@ from services.core.clock import Clock
 from services.core.errors import BadRequest, DiptychError, KvSourceLost, PullerLost, from_label
 from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.incarnation import Incarnation
-from services.engine.messages import Admitted, Advanced, Refused, Revoked, Scored, Submit, Token
+from services.engine.messages import Admitted, Advanced, Failed, Refused, Revoked, Scored, Submit, Token
 from services.engine.submission import SequenceBounds
 from services.transfer.fetch import PrefixFetcher, PrefixOffer, prefix_offer
 from services.transfer.lease import Lease, LeaseTable
@@ -121,7 +121,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             case Token():
                 first = FirstToken(event.index, event.token, event.finish, event.choice, event.logprobs)
                 lease.finished(first, self._clock.now())
-            case Refused():
+            case Refused() | Failed():
                 self._leases.fail(lease, from_label(event.code, event.message))
             case Stalled():
                 if not lease.complete:  # else its reader does not need the engine

@@ -62,6 +62,9 @@ class ModelledRunner:
     def __init__(self, clock: ManualClock, model: StepModel) -> None:
         self._clock, self._model = clock, model
 
+    def prepare(self, params: SamplingParams) -> bool:
+        return True
+
     def run(self, rows: Sequence[Row]) -> list[Outcome]:
         prefill_tokens = sum(len(row.tokens) for row in rows if not _decodes(row))
         step_ms = self._model.decode_ms + self._model.prefill_ms_per_token * prefill_tokens

@@ -1,6 +1,6 @@
 """Sampling: a pure function of (logits, SamplingParams, choice, output index, token histories).
 
-    penalties -> the request's rules (logit_rules.py) -> forbidden ends
+    penalties -> the request's rules (logit_rules.py) -> forbidden ends -> grammar (grammar.py)
         -> temperature -> top_k -> top_p -> min_p -> Gumbel argmax
 
 Nothing in it depends on the other rows of the batch, nor on the worker.
@@ -62,9 +62,15 @@ def choose_with_kernels(kernels: Int8Kernels) -> Choose:
     return choose
 
 
-def sample_tokens(logits: Tensor, samples: Sequence[Sample], choose: Choose = choose_with_torch) -> list[int]:
-    """The next token of each row. logits: float32 [rows, vocab], left as they are."""
-    return choose(_adjust(logits, samples), samples)
+def sample_tokens(
+    logits: Tensor,
+    samples: Sequence[Sample],
+    choose: Choose = choose_with_torch,
+    restrict: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> list[int]:
+    """The next token of each row. logits: float32 [rows, vocab], left as they are; `restrict` changes them
+    last."""
+    return choose(restrict(_adjust(logits, samples)), samples)
 
 
 def _store(tokens: list[int], rows: list[int], chosen: Tensor) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from services.core.errors import ConfigError
 from services.core.logprobs import PromptLogprobs
+from services.core.sampling import SamplingParams
 from services.engine.device.decoder import Decoder
+from services.engine.device.grammar import Grammars, Guidance
 from services.engine.device.int8_decoder import load_int8_decoder
 from services.engine.device.logprobs import prompt_logprobs, sampled_logprobs, score
 from services.engine.device.sampler import Choose, sample_tokens
@@ -20,6 +22,7 @@ from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.engine.runner import Outcome, Row, Targets
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles
+from services.model.grammar import grammar_tokenizer
 from services.model.pool_geometry import DTYPE_BYTES, PoolGeometry
 
 # Prompt tokens whose logits are in memory at once: 25 MB of them for the default model, and enough rows
@@ -70,6 +73,13 @@ class TorchRunner:
         _set_threads(threads)
         self.pool = _pool_tensor(geometry, pool, device)
         self._decoder = _decoder(files, self.pool, threads, quantization)
+        self._grammars = Grammars(
+            lambda: grammar_tokenizer(files.tokenizer(), files.config.vocab_size), threads
+        )
+
+    def prepare(self, params: SamplingParams) -> bool:
+        """See ModelRunner. Raises ModelFileError if this model's answers cannot follow any grammar."""
+        return not params.grammar or self._grammars.prepare(params.grammar)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -90,13 +100,19 @@ class TorchRunner:
         places = [place for place, index in enumerate(sampled) for _ in rows[index].samples]
         if len(samples) > len(logits):  # several choices are drawn from the logits of one row
             logits = logits[places]
-        chosen = sample_tokens(logits, samples, self._decoder.choose)
+        guidance = Guidance(self._grammars, samples)
+        chosen = sample_tokens(logits, samples, self._decoder.choose, guidance.restrict)
+        guidance.follow(chosen)
         outcomes = [Outcome([], []) for _ in rows]
-        for place, token, logprobs in zip(
-            places, chosen, sampled_logprobs(logits, chosen, samples), strict=True
-        ):
-            outcomes[sampled[place]].tokens.append(token)
-            outcomes[sampled[place]].logprobs.append(logprobs)
+        logprobs = sampled_logprobs(logits, chosen, samples)
+        for number, place in enumerate(places):
+            outcome = outcomes[sampled[place]]
+            if number in guidance.complete:
+                outcome.complete.add(len(outcome.tokens))
+            if number in guidance.failures:
+                outcome.failures[len(outcome.tokens)] = guidance.failures[number]
+            outcome.tokens.append(chosen[number])
+            outcome.logprobs.append(logprobs[number])
         return outcomes
 
     def _scored(self, index: int, row: Row, targets: Targets) -> PromptLogprobs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from services.core.block_hash import Compatibility
+from services.core.sampling import SamplingParams
 from services.core.worker_report import Role, WorkerKey, WorkerReport
 from services.engine.engine import Engine
 from services.engine.messages import (
@@ -90,6 +91,9 @@ class MeasuredRunner:
     noise: Noise
     rng: random.Random
     clock: _StepClock
+
+    def prepare(self, params: SamplingParams) -> bool:
+        return True
 
     def run(self, rows: Sequence[Row]) -> list[Outcome]:
         self.clock.ahead_s = rows_ms(self.table, rows) * self.noise.factor(self.rng) / 1e3

@@ -1,0 +1,209 @@
+"""Answers that follow a grammar: which tokens may come next, and when nothing more may.
+
+    SamplingParams.grammar ── compiled once ──► matcher at its beginning ── copied for each Sample ──► Guide
+
+A Guide is where one choice's answer stands in its grammar. It reads `output_ids` and nothing else, so it is
+the same on P and on D, after a resume, a preemption and a fork: what it has not read yet it catches up with.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels import ops
+from services.core.sampling import SamplingParams
+from services.engine.runner import Sample
+from services.model.grammar import STACK_BYTES, compile_grammar
+
+Words = NDArray[np.int32]  # [.., ceil(vocab / 32)]: bit t % 32 of word t // 32 is set if token t may come
+
+_COMPILED_MAX = 32  # grammars that are kept: usually of less than 1 MB, never of more than about 100 MB
+
+
+class Guide:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.read = 0  # tokens of the answer
+        self.words: Words | None = None  # what may come next, once it was asked for
+
+    def catch_up(self, output_ids: Sequence[int]) -> None:
+        if self.read < len(output_ids):
+            self.matcher.consume_tokens(list(output_ids[self.read :]))
+            self.read, self.words = len(output_ids), None
+
+
+class Grammars:
+    """The grammars of one process."""
+
+    def __init__(self, load_tokenizer: Callable[[], LLTokenizer], threads: int) -> None:
+        """`load_tokenizer` is called in a thread when the first grammar comes."""
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: LLTokenizer | None = None
+        self._compiler = ThreadPoolExecutor(1, "grammars")
+        self._compiling: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._executor = LLExecutor(threads) if threads > 1 else None
+        self._guides: WeakKeyDictionary[Sample, Guide] = WeakKeyDictionary()
+
+    def prepare(self, grammar: str) -> bool:
+        """Whether the grammar is compiled; if not, that has begun. Raises what the compilation raised."""
+        compiling = self._compilation(grammar)
+        if not compiling.done():
+            return False
+        compiling.result()
+        return True
+
+    def end_ids(self) -> list[int]:
+        """The model's own ends, as far as grammars know them."""
+        assert self._tokenizer is not None, "no grammar was compiled"
+        return list(self._tokenizer.eos_tokens)
+
+    def guides(self, samples: Sequence[Sample]) -> list[Guide]:
+        """Where each answer stands, with what may come next. A matcher that cannot go on says why."""
+        guides = [self._guide(sample) for sample in samples]
+        self._compute_words(guides)
+        for place, sample in enumerate(samples):
+            if guides[place].matcher.is_error():
+                guides[place] = self._renewed(sample)
+        return guides
+
+    def read(self, guide: Guide, token: int) -> bool:
+        """Let `guide` read the token that was just sampled; whether only an end could follow it."""
+        guide.matcher.consume_token(token)
+        guide.read, guide.words = guide.read + 1, None
+        if guide.matcher.is_stopped() or not guide.matcher.is_accepting():
+            return guide.matcher.is_stopped()
+        self._compute_words([guide])
+        assert guide.words is not None
+        return not without(guide.words, self.end_ids()).any()
+
+    def _guide(self, sample: Sample) -> Guide:
+        guide = self._guides.get(sample)
+        if guide is None:
+            beginning = self._compilation(sample.params.grammar).result()
+            guide = self._guides[sample] = Guide(beginning.deep_copy())
+        guide.catch_up(sample.output_ids)
+        return guide
+
+    def _renewed(self, sample: Sample) -> Guide:
+        """Copies of a matcher share what they have explored of the grammar, and its limit: what one cannot do
+        because of the others, one with a matcher of its own still may."""
+        self._compiling.pop(sample.params.grammar, None)
+        self._guides.pop(sample, None)
+        guide = self._guide(sample)
+        self._compute_words([guide])
+        return guide
+
+    def _compute_words(self, guides: Sequence[Guide]) -> None:
+        unknown = [guide for guide in guides if guide.words is None]
+        if not unknown:
+            return
+        assert self._tokenizer is not None
+        words = allocate_token_bitmask(len(unknown), self._tokenizer.vocab_size)
+        if self._executor is not None and len(unknown) > 1:
+            pairs = [(guide.matcher, row) for row, guide in enumerate(unknown)]
+            fill_next_token_bitmask_par(self._executor, pairs, words)
+        else:
+            for row, guide in enumerate(unknown):
+                fill_next_token_bitmask(guide.matcher, words, row)
+        for guide, row_words in zip(unknown, words, strict=True):
+            guide.words = row_words
+
+    def _compilation(self, grammar: str) -> "Future[LLMatcher]":
+        compiling = self._compiling.get(grammar)
+        if compiling is None:
+            compiling = self._compiling[grammar] = self._begin(grammar)
+            for old in [text for text, other in self._compiling.items() if other.done()][:-_COMPILED_MAX]:
+                del self._compiling[old]
+        self._compiling.move_to_end(grammar)
+        return compiling
+
+    def _begin(self, grammar: str) -> "Future[LLMatcher]":
+        usual = threading.stack_size(STACK_BYTES)  # of the thread that this may start
+        try:
+            return self._compiler.submit(self._compile, grammar)
+        finally:
+            threading.stack_size(usual)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return compile_grammar(self._tokenizer, grammar)
+
+
+class Guidance:
+    """What grammars, and everything else that forbids tokens, do to the samples of one step:
+
+    restrict(logits) -> a token for each -> follow(tokens)
+    """
+
+    def __init__(self, grammars: Grammars, samples: Sequence[Sample]) -> None:
+        self._grammars, self._samples = grammars, samples
+        self._rows = [row for row, sample in enumerate(samples) if sample.params.grammar]
+        self._guides = grammars.guides([samples[row] for row in self._rows])
+        self.failures: dict[
+            int, str
+        ] = {}  # rows that no token may follow, and why; their tokens mean nothing
+        self.complete: set[int] = set()  # rows whose answer no token may follow
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """logits: float32 [rows, vocab] after all other changes, left as they are."""
+        limited = [row for row, sample in enumerate(self._samples) if _is_limited(sample.params)]
+        if not limited:
+            return logits
+        logits = logits.clone()
+        for row, guide in zip(self._rows, self._guides, strict=True):
+            self._restrict(logits, row, guide)
+        for row, best in zip(limited, logits[limited].amax(dim=-1).tolist(), strict=True):
+            if best == -torch.inf:
+                self.failures.setdefault(row, "the request's parameters together forbid every token")
+                logits[row] = 0.0  # the kernels want something to choose
+        return logits
+
+    def _restrict(self, logits: Tensor, row: int, guide: Guide) -> None:
+        """The model's ends may come where the grammar is complete, unless they do not end this answer. Where
+        nothing else may come they do, whatever forbade them."""
+        assert guide.words is not None
+        if guide.matcher.is_error():
+            self.failures[row] = f"the answer cannot follow its grammar: {guide.matcher.get_error()}"
+            return
+        ends = self._grammars.end_ids()
+        others = without(guide.words, ends)
+        if others.any():
+            no_ends = [end for end in ends if end not in self._samples[row].params.end_token_ids]
+            words = without(guide.words, no_ends)
+        else:
+            words = guide.words
+            logits[row] = 0.0
+            self.complete.add(row)
+        logits[row] = ops.allow(logits[row], torch.from_numpy(words).to(logits.device))
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        for row, guide in zip(self._rows, self._guides, strict=True):
+            if row in self.failures:
+                continue
+            if self._grammars.read(guide, tokens[row]):
+                self.complete.add(row)
+
+
+def without(words: Words, tokens: Sequence[int]) -> Words:
+    """A copy in which none of `tokens` may come."""
+    words = words.copy()
+    for token in tokens:
+        words.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+    return words
+
+
+def _is_limited(params: SamplingParams) -> bool:
+    """Whether tokens may be forbidden."""
+    return bool(params.grammar or params.allowed_token_ids or params.bad_words or params.min_tokens)
