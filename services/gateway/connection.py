@@ -22,6 +22,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._head_bytes = 0
+        self._requests = 0
         self._too_late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -38,10 +39,11 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        requests = self._requests
         super().data_received(data)
-        # Counted after parsing: what comes with the end of a head is no part of it.
+        # Counted after parsing: what comes with the end of a head, or of a body, is no part of a head.
         if self._in_head:
-            self._head_bytes += len(data)
+            self._head_bytes += len(data) if self._requests == requests else 0
             if self._head_bytes > HEAD_BYTES_MAX:
                 self._refuse(431, f"The request's headers are larger than {HEAD_BYTES_MAX} bytes")
             elif self._too_late is None and self._owes_nothing:
@@ -58,6 +60,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._stop_waiting()
         self._in_head, self._head_bytes = True, 0
+        self._requests += 1
         super().on_message_complete()
 
     @property

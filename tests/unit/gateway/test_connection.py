@@ -103,6 +103,13 @@ async def test_a_head_without_end_is_given_up_before_it_fills_the_memory(line: b
         assert str(HEAD_BYTES_MAX) in json.loads(said.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
+async def test_a_large_body_is_no_head() -> None:
+    size = 3 * HEAD_BYTES_MAX
+    async with serving() as port, connected(port) as client:
+        client.writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size)
+        assert (await client.said()).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_connections_beyond_the_bound_are_refused_and_room_comes_back() -> None:
     async with serving(connections_max=2) as port, connected(port) as first:
         async with connected(port) as second, connected(port) as third:
