@@ -7,12 +7,13 @@ SOURCES := services router kernels loadtest tests
 .PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-gateway clean
 
-# Everything for development. The stamp makes it run once per change of its inputs.
+# Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
+# not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
 setup: $(VENV)/.setup
 $(VENV)/.setup: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@echo "installing the tested set of packages (first time: a few minutes)"
-	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker,nixl,dev]"
+	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker,nixl,dev]" && $(PIP) --no-compile lm-eval
 	@touch $@ $(VENV)/.run-setup
 
 # What running needs and no more.

@@ -2,7 +2,6 @@
 
 import time
 from importlib import metadata
-from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response, Security
@@ -11,14 +10,15 @@ from fastapi.security import HTTPBearer
 
 from services.core.errors import BadRequest, UnknownModel
 from services.gateway.api.body import BodyLimits
+from services.gateway.api.document import ERRORS, DocumentedApp, streamed
 from services.gateway.api.edge import Edge
 from services.gateway.api.exchange import Exchange
 from services.gateway.api.http_errors import install_error_handlers
 from services.gateway.api.reply import ChoicesReply
 from services.gateway.api.responses import (
     ChatCompletion,
+    ChatCompletionChunk,
     Completion,
-    ErrorBody,
     Model,
     ModelList,
     RouteAnswer,
@@ -39,12 +39,11 @@ from services.gateway.api.tokenization import (
     TokenizeRequest,
 )
 from services.gateway.config import GatewayConfig
+from services.gateway.door.door import LockedDoor
 from services.gateway.gateway import Gateway
 from services.gateway.path.record import Record
 
 ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
-# "default" also keeps FastAPI from documenting its own error body, which nobody ever gets.
-_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Error"}}
 
 # For the OpenAPI page; the header is read in services/gateway/door/door.py.
 _KEY = Security(
@@ -58,7 +57,8 @@ _KEY = Security(
 
 
 def build_app(gateway: Gateway) -> FastAPI:
-    app = FastAPI(title="Diptych", description="OpenAI's API over a disaggregated LLM cluster")
+    app = DocumentedApp(title="Diptych", description="OpenAI's API over a disaggregated LLM cluster")
+    app.keys_optional = not isinstance(gateway.door, LockedDoor)
     app.add_middleware(Edge, clock=gateway.clock, door=gateway.door, body_limits=_body_limits(gateway.config))
     install_error_handlers(app, gateway.metrics, ENDPOINTS)
     _add_generation(app, gateway)
@@ -70,12 +70,19 @@ def build_app(gateway: Gateway) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS, dependencies=[_KEY])
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=streamed(ChatCompletionChunk),
+        dependencies=[_KEY],
+    )
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """With `stream`, server-sent events of chat.completion.chunk objects."""
         return _choices(gateway, "chat_completions", body, http)
 
-    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS, dependencies=[_KEY])
+    @app.post(
+        "/v1/completions", response_model=Completion, responses=streamed(Completion), dependencies=[_KEY]
+    )
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """With `stream`, server-sent events of text_completion objects."""
         return _choices(gateway, "completions", body, http)
@@ -91,7 +98,7 @@ def _record(gateway: Gateway, endpoint: str, http: Request, *, keeps_routes: boo
 
 
 def _add_explanation(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/route", responses=_ERRORS, dependencies=[_KEY])
+    @app.post("/v1/route", responses=ERRORS, dependencies=[_KEY])
     async def explain(body: AnyRequest, http: Request) -> RouteAnswer:
         """Where a request with this body would go now, and why. Nothing is computed or reserved for it."""
         return await gateway.explain(body, http.state.visit.tenant)
@@ -100,17 +107,17 @@ def _add_explanation(app: FastAPI, gateway: Gateway) -> None:
 def _add_tokenization(app: FastAPI, gateway: Gateway) -> None:
     tokenization = Tokenization(gateway)
 
-    @app.post("/tokenize", response_model=Tokenized, responses=_ERRORS, dependencies=[_KEY])
+    @app.post("/tokenize", response_model=Tokenized, responses=ERRORS, dependencies=[_KEY])
     async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a text, or of a chat as the model's template writes it."""
         return await tokenization.tokenize(body)
 
-    @app.post("/detokenize", response_model=Detokenized, responses=_ERRORS, dependencies=[_KEY])
+    @app.post("/detokenize", response_model=Detokenized, responses=ERRORS, dependencies=[_KEY])
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text that token ids stand for, special tokens written out."""
         return await tokenization.detokenize(body)
 
-    @app.post("/v1/embeddings", responses=_ERRORS, dependencies=[_KEY], status_code=400)
+    @app.post("/v1/embeddings", responses=ERRORS, dependencies=[_KEY], status_code=400)
     async def embeddings(body: EmbeddingsRequest) -> None:
         """Always refused: models that write answers do not embed."""
         gateway.prompts.check_model(body.model)
@@ -130,11 +137,11 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
             max_model_len=context_tokens_max,
         )
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=ERRORS, dependencies=[_KEY])
     async def models() -> ModelList:
         return ModelList(object="list", data=[described()])
 
-    @app.get("/v1/models/{model_id:path}", responses=_ERRORS)
+    @app.get("/v1/models/{model_id:path}", responses=ERRORS, dependencies=[_KEY])
     async def model(model_id: str) -> Model:
         if model_id != gateway.model.name:
             raise UnknownModel(f"The model '{model_id}' does not exist.", "model")
@@ -147,14 +154,14 @@ def _add_operation(app: FastAPI, gateway: Gateway) -> None:
     async def live() -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", responses={503: {"description": "Not ready; `status` tells why"}})
     async def ready() -> JSONResponse:
         if gateway.ready:
             return JSONResponse({"status": "ready"})
         reason = "draining" if gateway.draining else "no decode worker is ready"
         return JSONResponse({"status": reason}, status_code=503)
 
-    @app.get("/version")
+    @app.get("/version", responses=ERRORS, dependencies=[_KEY])
     async def version() -> Version:
         return Version(version=metadata.version("diptych"))
 
