@@ -6,6 +6,7 @@ from typing import Literal
 
 from router.state import Policy
 from services.gateway.door.tenant import CacheSharing
+from services.gateway.text.tool_calls.family import ToolParserName
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,17 @@ class GatewayConfig:
     )
     choices_max: int = field(
         default=128, metadata={"help": "the largest n: answers to one prompt", "range": (1, 128)}
+    )
+    tool_parser: ToolParserName = field(
+        default="auto",
+        metadata={"help": "how the model writes tool calls: as its chat template tells, or by name"},
+    )
+    trust_request_chat_template: bool = field(
+        default=False, metadata={"help": "take chat templates, which are programs, from requests"}
+    )
+    template_timeout_s: float = field(
+        default=2.0,
+        metadata={"help": "processor time that a chat template may take for one prompt", "range": (0.01, 60)},
     )
     answers_max: int = field(
         default=256,

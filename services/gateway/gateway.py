@@ -34,6 +34,7 @@ from services.gateway.text.detokenizer import Detokenizer
 from services.gateway.text.prompt import PromptReader
 from services.gateway.text.shown_prompt import ShownPrompt
 from services.gateway.text.stop import StopMatcher
+from services.gateway.text.tool_calls.call_stream import with_calls
 from services.gateway.workers.worker_client import WorkerClient
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
@@ -102,10 +103,12 @@ class Gateway:
         def deltas() -> AsyncGenerator[list[TextDelta], None]:
             attempts = Attempts(generation, choices, first, self._pipeline, self.view)
             texts = [self._text(generation) for _ in range(generation.choices)]
-            if not generation.shows_prompt:
-                return answer(attempts.events(patience), texts, choices, journal)
-            prompt = ShownPrompt(generation)
-            return prompt.opening(answer(prompt.heard(attempts.events(patience)), texts, choices, journal))
+            prompt = ShownPrompt(generation) if generation.shows_prompt else None
+            events = attempts.events(patience)
+            bursts = answer(prompt.heard(events) if prompt else events, texts, choices, journal)
+            if generation.tools is not None:
+                bursts = with_calls(bursts, generation.tools, generation.choices)
+            return prompt.opening(bursts) if prompt else bursts
 
         return Part(generation, first, journal, deltas)
 
@@ -140,7 +143,11 @@ class Gateway:
     def _text(self, generation: Generation) -> TokenText:
         if not generation.wants_answer:
             return NoAnswer()
-        detokenizer = Detokenizer(self.model.token_bytes, skip_special_tokens=generation.skip_special_tokens)
+        detokenizer = Detokenizer(
+            self.model.token_bytes,
+            skip_special_tokens=generation.skip_special_tokens,
+            kept=generation.kept_tokens,
+        )
         stops = StopMatcher(generation.stop, include=generation.shows_stop)
         min_tokens = generation.sampling.min_tokens
         if generation.sampling.top_logprobs is None:

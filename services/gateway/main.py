@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -22,11 +23,16 @@ from services.gateway.gateway import Gateway
 from services.gateway.http_server import Server, allow_connections, server_config
 from services.gateway.https import HttpsContext, open_https
 from services.gateway.served_model import ServedModel
+from services.gateway.text.chat import ChatReader
+from services.gateway.text.chat_renderer import ProcessRenderer
+from services.gateway.text.template_process import Limits
+from services.gateway.text.tool_calls.family import family_of
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
 from services.index.redis_index import RedisPrefixIndex
 from services.keys.open_keys import open_keys
 from services.keys.redis_limits import RedisLimits
 from services.membership.redis_membership import RedisMembership
+from services.model.chat_template import ChatTemplate
 from services.model.files import open_model
 from services.model.pull import ensure_default_model
 from services.wire.channel import TCP, Network
@@ -58,11 +64,13 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
         try:
             gateway = Gateway(config, model, membership, index, workers, SystemClock(), locks)
             try:
+                await model.chats.renderer.start()
                 await gateway.door.open()
                 await _serve(gateway, listener, https)
             finally:
                 await gateway.door.close()
         finally:
+            await model.chats.renderer.close()
             await workers.close()
             await index.close()
             await membership.close()
@@ -129,7 +137,13 @@ def _locks(config: GatewayConfig) -> Locks | None:
 
 def _load_model(config: GatewayConfig) -> ServedModel:
     path = Path(config.model) if config.model else ensure_default_model()
-    return ServedModel.of(open_model(path), config.served_model_name)
+    return ServedModel.of(open_model(path), config.served_model_name, partial(_chat_reader, config))
+
+
+def _chat_reader(config: GatewayConfig, template: ChatTemplate) -> ChatReader:
+    renderer = ProcessRenderer(template, Limits(config.template_timeout_s))
+    family = family_of(template, config.tool_parser)
+    return ChatReader(renderer, family, config.trust_request_chat_template)
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

@@ -1,7 +1,6 @@
-"""Text <-> token ids, and messages -> prompt text, for one model."""
+"""Text <-> token ids for one model, and what belongs to them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import tokenizers
 
@@ -20,7 +19,9 @@ class Tokenizer:
         self.backend = backend  # for streaming decoders, which keep a state per answer
         self.end_token_ids = end_token_ids  # the model ends its answer with one of these; may be empty
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self._chat_template = chat_template
+        self.chat_template = chat_template
+        # No token stands for a longer text. (Blanks that a tokenizer drops are not counted on.)
+        self.token_characters_max = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Special tokens written out in `text` become their ids. A rendered chat has its own BOS, so
@@ -36,14 +37,3 @@ class Tokenizer:
         """Ids beyond the vocabulary, which a padded embedding can sample, decode to nothing."""
         # A batch of one for the same reason.
         return self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
-
-    def render_chat(
-        self, messages: list[dict[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """The prompt text for `messages`; `variables` (such as `tools`) are passed to the template.
-
-        Raises BadRequest(param="messages") if the model has no template or it refuses the messages.
-        """
-        return self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=variables
-        )

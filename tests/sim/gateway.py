@@ -18,8 +18,11 @@ from services.gateway.door.visits import Visit
 from services.gateway.gateway import Gateway
 from services.gateway.path.record import Record
 from services.gateway.served_model import ServedModel
+from services.gateway.text.chat import ChatReader
 from services.gateway.text.detokenizer import TokenBytes
+from services.gateway.text.tokenizing import Tokenizing
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.model.chat_template import ChatTemplate
 from services.model.tokenizer import Tokenizer
 from tests.sim.engine import VOCAB
 from tests.sim.loop import Process
@@ -38,8 +41,11 @@ def toy_model(context_tokens_max: int) -> ServedModel:
     """A byte-level tokenizer whose every token is a word of its own."""
     backend = tokenizers.Tokenizer(WordLevel({f"Ġw{n}": n for n in range(VOCAB)}, unk_token="Ġw0"))
     backend.decoder = ByteLevel()
-    tokenizer = Tokenizer(backend, frozenset({END_TOKEN}), chat_template=None)  # type: ignore[arg-type]
-    return ServedModel(MODEL, context_tokens_max, tokenizer, TokenBytes(backend))
+    tokenizer = Tokenizer(backend, frozenset({END_TOKEN}), ChatTemplate({}, {}))
+    chats = ChatReader.local(tokenizer.chat_template)
+    return ServedModel(
+        MODEL, context_tokens_max, tokenizer, TokenBytes(backend), Tokenizing(tokenizer), chats
+    )
 
 
 class HttpCall:

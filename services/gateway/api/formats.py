@@ -7,7 +7,6 @@ from typing import Protocol
 from pydantic import BaseModel
 
 from router.state import Route
-from services.core.sampling import FinishReason
 from services.gateway.api.explanation import explained
 from services.gateway.api.logprobs import Fields, ascii_json, extended
 from services.gateway.api.responses import (
@@ -19,10 +18,15 @@ from services.gateway.api.responses import (
     ChatDelta,
     Completion,
     CompletionChoice,
+    FunctionCall,
+    FunctionCallDelta,
     Timings,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from services.gateway.text.answer import TextDelta
+from services.gateway.text.tool_calls.call_delta import AnswerEnd, CallDelta
 
 
 class AnswerFormat(Protocol):
@@ -57,18 +61,23 @@ class ChatFormat:
         return self._chunk(choice, ChatDelta(role="assistant", content=""), None)
 
     def chunk(self, delta: TextDelta) -> ChatCompletionChunk:
-        content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
-        return self._chunk(delta.choice, content, delta.finish)
+        more = ChatDelta(content=delta.text) if delta.text else ChatDelta()
+        if delta.calls:
+            more.tool_calls = list(map(_call_delta, delta.calls))
+        return self._chunk(delta.choice, more, delta.finish)
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         return self._chunk_of([], usage=usage)
 
     def _choice(self, answer: TextDelta) -> ChatChoice:
         message = ChatAnswer(role="assistant", content=answer.text, refusal=None)
+        if answer.calls:
+            message.content = answer.text or None
+            message.tool_calls = list(map(_call, answer.calls))
         assert answer.finish is not None
         return ChatChoice(index=answer.choice, message=message, logprobs=None, finish_reason=answer.finish)
 
-    def _chunk(self, choice: int, delta: ChatDelta, finish: FinishReason | None) -> ChatCompletionChunk:
+    def _chunk(self, choice: int, delta: ChatDelta, finish: AnswerEnd | None) -> ChatCompletionChunk:
         return self._chunk_of(
             [ChatChunkChoice(index=choice, delta=delta, logprobs=None, finish_reason=finish)]
         )
@@ -114,6 +123,20 @@ class CompletionFormat:
             choices=choices,
             **more,
         )
+
+
+def _call(call: CallDelta) -> ToolCall:
+    assert call.id is not None
+    assert call.name is not None
+    function = FunctionCall(name=call.name, arguments=call.arguments)
+    return ToolCall(id=call.id, type="function", function=function)
+
+
+def _call_delta(call: CallDelta) -> ToolCallDelta:
+    if call.name is None:
+        return ToolCallDelta(index=call.number, function=FunctionCallDelta(arguments=call.arguments))
+    function = FunctionCallDelta(name=call.name, arguments=call.arguments)
+    return ToolCallDelta(index=call.number, id=call.id, type="function", function=function)
 
 
 def as_json(

@@ -20,7 +20,6 @@ from services.core.errors import (
     facts,
 )
 from services.gateway.api.responses import ErrorBody, ErrorDetails
-from services.gateway.api.schema import CHAT, COMPLETION
 from services.gateway.metrics import GatewayMetrics
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
@@ -125,7 +124,7 @@ def _path(location: Sequence[str | int], body: object) -> list[str | int]:
     """
     path: list[str | int] = []
     for key in location:
-        if key in (CHAT, COMPLETION):
+        if isinstance(key, str) and key.startswith("("):  # the tag of an alternative; no field is named so
             continue
         if isinstance(key, int) and isinstance(body, list):
             path.append(key)

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from router.state import Part, Policy, RouteKind
 from services.core.sampling import FinishReason
 from services.core.worker_report import Role, State
+from services.gateway.text.tool_calls.call_delta import AnswerEnd
 
 
 class PromptTokensDetails(BaseModel):
@@ -132,17 +133,29 @@ class PromptToken(BaseModel):
 PromptLogprobs = list[dict[str, PromptToken] | None]
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatAnswer(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None  # null: tool calls only
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: AnswerEnd
     token_ids: list[int] | None = None
 
 
@@ -158,16 +171,31 @@ class ChatCompletion(BaseModel):
     routes: list[ExplainedRoute] | None = None  # of the attempts, the last 16
 
 
+class FunctionCallDelta(BaseModel):
+    name: str | None = None
+    arguments: str  # a piece of the JSON
+
+
+class ToolCallDelta(BaseModel):
+    """The first one of a call has its id and name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     token_ids: list[int] | None = None
 
 

@@ -4,27 +4,26 @@ Bodies are checked on the event loop, so a list is checked only up to its first 
 for each of 300,000 bad token ids would stop every stream for seconds.
 """
 
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Sequence
+from typing import Annotated, cast
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
     Tag,
-    field_validator,
-    model_validator,
 )
 
 from services.core.errors import BadRequest
 from services.core.logprobs import TOP_LOGPROBS_MAX
 from services.gateway.admission.fair_queue import Priority
+from services.gateway.api.chat_prompt import ChatPrompt
 from services.gateway.api.fields import Body
+from services.gateway.api.tools import Tool, ToolChoice
+from services.gateway.api.unicode_text import Text
 
 # Parameters that would change the answer, with the values of theirs that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -40,27 +39,22 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "truncate_prompt_tokens": (),
     "add_special_tokens": (),
-    "add_generation_prompt": (True,),
+    "prompt_embeds": (),
+}
+# The same in completions, which have no use for them.
+_OF_CHATS: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "documents": ([],),
+    "add_generation_prompt": (),
     "continue_final_message": (False,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "prompt_embeds": (),
 }
-_HARMLESS = {"metadata", "store", "parallel_tool_calls", "safety_identifier"}
-_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others ask for nothing
-# In one request, whatever the gateway's settings. An object takes about 5 microseconds to check.
-PROMPTS_MAX = MESSAGES_MAX = PARTS_MAX = 2048  # of messages OpenAI takes as many
-
-
-def _unicode(text: str) -> str:
-    """JSON can hold half of a surrogate pair, which no tokenizer, hash or wire can."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the text holds half of a surrogate pair; send valid Unicode") from None
-    return text
+_HARMLESS = {"metadata", "store", "safety_identifier"}
+_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
+# In one request, whatever the gateway's settings.
+PROMPTS_MAX = 2048
 
 
 def _kind_of_one(prompt: object) -> str:
@@ -72,7 +66,6 @@ def _kind_of_prompt(prompt: object) -> str:
     return "prompts" if several else _kind_of_one(prompt)
 
 
-Text = Annotated[str, AfterValidator(_unicode)]
 StopString = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
@@ -92,38 +85,6 @@ _BadWord = Annotated[Text, Field(min_length=1, max_length=200)]
 def _none_for_false(value: object) -> object:
     """Clients of both endpoints send false for no logprobs."""
     return None if value is False else value
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(Body):
-    """Further fields go to the chat template as they are."""
-
-    HARMLESS = {"name", "tool_call_id", "tool_calls", "refusal", "audio", "annotations", "function_call"}
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-
-    @model_validator(mode="after")
-    def _only_assistants_may_be_silent(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a {self.role} message needs content")
-        return self
-
-    @property
-    def is_plain_text(self) -> bool:
-        return isinstance(self.content, str) and not self.model_extra
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know messages: content is one string, the developer is the system."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": content}
 
 
 class StreamOptions(Body):
@@ -245,27 +206,11 @@ class GenerationRequest(Body):
             raise BadRequest("'stream_options' is only allowed when 'stream' is true.", "stream_options")
 
 
-class ChatPrompt(Body):
-    """What the prompt of a chat is made of."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _few_parts(cls, messages: object) -> object:
-        if isinstance(messages, list) and sum(map(_parts, messages[:MESSAGES_MAX])) > PARTS_MAX:
-            raise ValueError(f"the messages have more than {PARTS_MAX} parts in all")
-        return messages
-
-
-def _parts(message: object) -> int:
-    content = message.get("content") if isinstance(message, dict) else None
-    return len(content) if isinstance(content, list) else 0
-
-
 class ChatCompletionRequest(GenerationRequest, ChatPrompt):
     REFUSED = {**UNSUPPORTED, "echo": (False,), "suffix": ("",)}
 
+    tool_choice: ToolChoice | None = Field(None, description="default auto")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call in an answer at most")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="default: the rest of the context; wins over max_tokens"
     )
@@ -282,6 +227,11 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
             raise BadRequest("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
 
     @property
+    def shown_tools(self) -> Sequence[Tool]:
+        """Tools that must not be called are not shown."""
+        return () if self.tool_choice == "none" else super().shown_tools
+
+    @property
     def max_tokens_param(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
@@ -291,7 +241,7 @@ class ChatCompletionRequest(GenerationRequest, ChatPrompt):
 
 
 class CompletionRequest(GenerationRequest):
-    REFUSED = {**UNSUPPORTED, "top_logprobs": (0,)}
+    REFUSED = {**UNSUPPORTED, **_OF_CHATS, "top_logprobs": (0,)}
 
     prompt: Prompt = Field(description="text, or token ids, or a list of these: each gets n answers")
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(

@@ -12,10 +12,12 @@ import msgspec
 from fastapi import Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
+from services.gateway.api.chat_prompt import ChatPrompt
 from services.gateway.api.fields import Body, check_fields
-from services.gateway.api.schema import CHAT, COMPLETION, ChatPrompt, Text, TokenIds, kind_of_request
+from services.gateway.api.schema import CHAT, COMPLETION, TokenIds, kind_of_request
+from services.gateway.api.unicode_text import Text
 from services.gateway.gateway import Gateway
-from services.gateway.text.prompt import THREAD_CHARACTERS_MIN
+from services.gateway.text.tokenizing import THREAD_CHARACTERS_MIN
 
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ from services.core.logprobs import PromptLogprobs
 from services.core.sampling import SamplingParams
 from services.core.worker_report import WorkerKey, WorkerReport
 from services.gateway.admission.fair_queue import Priority
+from services.gateway.text.tool_calls.tool_use import ToolUse
 from services.gateway.workers.worker_client import (
     OutputToken,
     PrefillResult,
@@ -45,7 +46,9 @@ class Generation:
     shows_stop: bool = False  # a stop string or stop token is a part of the text
     echo: str | None = None  # the prompt's text, if the answers begin with it
     wants_answer: bool = True  # False: only the prompt is shown
+    kept_tokens: frozenset[int] = frozenset()  # special tokens that are text all the same
     choices: int = 1  # answers that the client wants
+    tools: ToolUse | None = None  # whose calls are looked for in the answers
 
     @property
     def shows_prompt(self) -> bool:

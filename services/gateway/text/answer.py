@@ -13,6 +13,7 @@ from services.gateway.path.generation import Event
 from services.gateway.path.journal import Journal
 from services.gateway.text.detokenizer import Detokenizer
 from services.gateway.text.stop import StopMatcher
+from services.gateway.text.tool_calls.call_delta import AnswerEnd, CallDelta, joined_calls
 from services.gateway.workers.worker_client import OutputToken
 
 
@@ -34,11 +35,12 @@ class ScoredPrompt:
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     text: str
-    finish: FinishReason | None = None
+    finish: AnswerEnd | None = None
     token_ids: tuple[int, ...] = ()  # since the choice's last delta; the text of the latest may be held back
     choice: int = 0
     tokens: tuple[ScoredToken, ...] = ()  # if logprobs were asked for: those whose text ends in this delta
     prompt: ScoredPrompt | None = None  # in a choice's first delta, if the prompt's logprobs were asked for
+    calls: tuple[CallDelta, ...] = ()  # of tools, which are no part of the text
 
 
 def joined(deltas: Sequence[TextDelta]) -> TextDelta:
@@ -46,7 +48,9 @@ def joined(deltas: Sequence[TextDelta]) -> TextDelta:
     token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
     text = "".join(delta.text for delta in deltas)
     tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return TextDelta(text, deltas[-1].finish, token_ids, deltas[-1].choice, tokens, deltas[0].prompt)
+    calls = joined_calls(call for delta in deltas for call in delta.calls)
+    last, prompt = deltas[-1], deltas[0].prompt
+    return TextDelta(text, last.finish, token_ids, last.choice, tokens, prompt, calls)
 
 
 def by_choice(burst: Sequence[TextDelta]) -> Sequence[TextDelta]:

@@ -82,9 +82,15 @@ class Detokenizer:
     SentencePiece's whole characters survive beside invalid bytes (see the module's docstring).
     """
 
-    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        token_bytes: TokenBytes,
+        *,
+        skip_special_tokens: bool = True,
+        kept: frozenset[int] = frozenset(),  # special tokens that are not skipped
+    ) -> None:
         self._bytes = token_bytes
-        self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = token_bytes.special_ids - kept if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_next = token_bytes.strips_first_space
 

@@ -1,7 +1,5 @@
 """From a checked request to Generations: chat template, tokens, limits, sampling parameters."""
 
-import asyncio
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,11 +9,10 @@ import msgspec
 
 from services.core.errors import BadRequest, UnknownModel
 from services.core.sampling import SamplingParams
+from services.gateway.api.chat_prompt import ChatPrompt
 from services.gateway.api.fields import check_fields
 from services.gateway.api.schema import (
     ChatCompletionRequest,
-    ChatMessage,
-    ChatPrompt,
     CompletionRequest,
     GenerationRequest,
 )
@@ -29,10 +26,6 @@ T = TypeVar("T")
 
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for /v1/completions
 SEED_BITS = 63  # a seed must fit a signed 64-bit integer on a device
-# Tokenising takes about a millisecond per 2,000 characters: longer prompts are rendered and tokenised
-# in a thread, so that the streams of other requests go on meanwhile.
-THREAD_CHARACTERS_MIN = 2_000
-_MESSAGE_CHARACTERS = 50  # what rendering one message costs besides its text, as characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +57,16 @@ class PromptReader:
         request.check_supported()
         self._check_answers(request)
         rules = await token_rules(request, self.model.tokenizer)
+        tools = self.model.chats.tool_use(request) if isinstance(request, ChatCompletionRequest) else None
         prompts = await self._prompts(request)
         limits = [self._max_tokens(request, number, len(ids)) for number, ids in enumerate(prompts)]
+        sampling = self._sampling(request, min(limits), rules)
+        if tools is not None:
+            sampling = msgspec.structs.replace(sampling, grammar=tools.grammar(self.model.written))
         whole = Generation(
             request_id=request_id,
             prompt_ids=[],
-            sampling=self._sampling(request, min(limits), rules),
+            sampling=sampling,
             deadline=deadline,
             ttft_max_s=request.ttft_max_s,
             priority=tenant.priority_for(request.priority_class),
@@ -80,6 +77,8 @@ class PromptReader:
             shows_stop=request.include_stop_str_in_output is True,
             wants_answer=request.answer_tokens_max != 0,
             choices=request.choices,
+            tools=tools,
+            kept_tokens=self.model.special_ids(tools.format.markers) if tools else frozenset(),
         )
         check_scores(request, prompts)
         echoes = await echoed(request, prompts, self.model.token_bytes)
@@ -123,39 +122,28 @@ class PromptReader:
         return prompts
 
     async def of_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return (await self._tokenized(len(text), lambda: [text], add_special_tokens=add_special_tokens))[0]
+        return (await self.model.tokenizing.encode([text], add_special_tokens=add_special_tokens))[0]
 
     async def of_chat(self, chat: ChatPrompt, *, add_special_tokens: bool) -> list[int]:
-        """Raises BadRequest if the chat template refuses the messages."""
-        characters, messages = _characters(chat.messages), chat.messages
-        return (
-            await self._tokenized(
-                characters, lambda: [self._rendered(messages)], add_special_tokens=add_special_tokens
-            )
-        )[0]
+        """Raises BadRequest, naming the parameter, for what the chat template does not take."""
+        characters_max = self.model.tokenizing.characters_max(self.context_tokens_max())
+        text = await self.model.chats.text(chat, characters_max)
+        return await self.of_text(text, add_special_tokens=add_special_tokens)
 
     async def _of_completion(self, request: CompletionRequest) -> list[list[int]]:
-        texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
-        characters = sum(map(len, texts)) + _MESSAGE_CHARACTERS * (len(texts) - 1)
-        tokenized = iter(await self._tokenized(characters, lambda: texts, add_special_tokens=True))
+        tokens_max = self.context_tokens_max()
+        texts: list[str] = []
+        for number, prompt in enumerate(request.prompts):
+            if isinstance(prompt, str):
+                self.model.tokenizing.check_length(prompt, tokens_max, _prompt_param(request, number))
+                texts.append(prompt)
+        tokenized = iter(await self.model.tokenizing.encode(texts, add_special_tokens=True))
         return [
             next(tokenized)
             if isinstance(prompt, str)
             else self.checked(prompt, _prompt_param(request, number))
             for number, prompt in enumerate(request.prompts)
         ]
-
-    async def _tokenized(
-        self, characters: float, texts: Callable[[], list[str]], *, add_special_tokens: bool
-    ) -> list[list[int]]:
-        def encode() -> list[list[int]]:
-            encoded = self.model.tokenizer.encode
-            return [encoded(text, add_special_tokens=add_special_tokens) for text in texts()]
-
-        return await asyncio.to_thread(encode) if characters > THREAD_CHARACTERS_MIN else encode()
-
-    def _rendered(self, messages: list[ChatMessage]) -> str:
-        return self.model.tokenizer.render_chat([message.for_template() for message in messages])
 
     def _max_tokens(self, request: GenerationRequest, number: int, prompt_tokens: int) -> int:
         """Of an answer to prompt `number`: what the client asked for, or the default, within the context."""
@@ -230,13 +218,6 @@ class PromptReader:
                 f"Token id {outside} is outside the vocabulary of {self.model.tokenizer.vocab_size}.", param
             )
         return ids
-
-
-def _characters(messages: list[ChatMessage]) -> float:
-    """About how long a conversation is; without limit where that cannot be seen from its texts."""
-    if not all(message.is_plain_text for message in messages):
-        return math.inf
-    return sum(len(message.content or "") + _MESSAGE_CHARACTERS for message in messages)
 
 
 def _ids(whole: Generation, prompts: list[list[int]]) -> list[str]:

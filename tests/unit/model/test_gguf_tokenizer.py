@@ -6,6 +6,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from services.core.errors import ModelFileError
+from services.model.chat_template import Chat
 from services.model.files import open_model
 
 CORPUS = [
@@ -135,9 +136,9 @@ def test_named_templates_and_special_tokens_reach_the_chat(write_gguf):
         "tokenizer.chat_template": "{{ bos_token }}plain",
         "tokenizer.chat_template.tool_use": "tools",
     }
-    tokenizer = open_model(write_gguf(templates)).tokenizer()
-    assert tokenizer.render_chat([]) == "<s>plain"
-    assert tokenizer.render_chat([], tools=[{}]) == "tools"
+    template = open_model(write_gguf(templates)).tokenizer().chat_template
+    assert template.render(Chat(messages=[])) == "<s>plain"
+    assert template.render(Chat(messages=[], tools=[{}])) == "tools"
 
 
 @pytest.mark.parametrize(

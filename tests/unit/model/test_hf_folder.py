@@ -6,6 +6,7 @@ from safetensors.numpy import save
 from tokenizers import AddedToken, Tokenizer, models, processors
 
 from services.core.errors import BadRequest, ModelFileError
+from services.model.chat_template import Chat
 from services.model.files import open_model
 
 CONFIG = {
@@ -152,13 +153,13 @@ TEMPLATE = "{{ bos_token }}{{ messages[0].content }}"
     ids=["one template", "named templates", "a file wins"],
 )  # fmt: skip
 def test_the_chat_template_is_found_wherever_it_is_kept(folder, changes):
-    tokenizer = open_model(folder(changes)).tokenizer()
-    assert tokenizer.render_chat([{"role": "user", "content": "hé"}]) == "<s>hé"
+    template = open_model(folder(changes)).tokenizer().chat_template
+    assert template.render(Chat(messages=[{"role": "user", "content": "hé"}])) == "<s>hé"
 
 
 def test_a_folder_without_a_template_refuses_chats_only(folder):
     with pytest.raises(BadRequest):
-        open_model(folder()).tokenizer().render_chat([])
+        open_model(folder()).tokenizer().chat_template.render(Chat(messages=[]))
 
 
 def test_the_revision_changes_with_the_weights_and_with_the_config(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core.errors import BadRequest
+from services.model.chat_template import Chat
 from services.model.files import open_model
 
 TEXTS = [
@@ -87,7 +88,7 @@ def test_text_comes_back_from_its_ids(tokenizer, text):
 @pytest.mark.parametrize("messages", CHATS)
 @pytest.mark.parametrize("generate", [True, False])
 def test_chats_are_rendered_as_by_transformers(tokenizer, reference, messages, generate):
-    rendered = tokenizer.render_chat(messages, add_generation_prompt=generate)
+    rendered = tokenizer.chat_template.render(Chat(messages=messages, add_generation_prompt=generate))
     assert rendered == reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     assert tokenizer.encode(rendered, add_special_tokens=False) == list(
         reference.apply_chat_template(messages, add_generation_prompt=generate)["input_ids"]
@@ -131,5 +132,6 @@ def test_half_of_a_surrogate_pair_is_the_clients_error(tokenizer):
 
 
 def test_variables_of_the_client_cannot_replace_the_messages(tokenizer):
-    rendered = tokenizer.render_chat([{"role": "user", "content": "real"}], messages=[])
+    chat = Chat(messages=[{"role": "user", "content": "real"}], variables={"messages": []})
+    rendered = tokenizer.chat_template.render(chat)
     assert "real" in rendered

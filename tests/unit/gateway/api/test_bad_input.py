@@ -10,6 +10,13 @@ from tests.unit.gateway.in_memory_cluster import MODEL
 from tests.unit.gateway.scripted_worker_server import report
 
 HELLO = [{"role": "user", "content": "hi"}]
+NAMED = {"type": "function", "function": {"name": "b"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+CALL = {"id": "c", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+
+
+def tool(name: str, parameters: dict | None = None) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 @pytest.fixture
@@ -76,7 +83,8 @@ BAD_EVERYWHERE = [
     ({"bad_words": ["x" * 201]}, "bad_words[0]"),
     ({"bad_words": ["one"] * 257}, "bad_words"),
     ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"functions": [{"name": "a"}]}, "functions"),
+    ({"function_call": {"name": "a"}}, "function_call"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"guided_json": {}}, "guided_json"),
     ({"model": 5}, "model"),
@@ -98,6 +106,36 @@ BAD_CHAT = [
     ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages[1].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+    ({"tools": [tool("two words")]}, "tools[0].function.name"),
+    ({"tools": [tool("a"), tool("b"), tool("a")]}, "tools"),
+    ({"tools": [tool("a")] * 129}, "tools"),
+    ({"tools": [tool("a", {"type": "string"})]}, "tools[0].function.parameters"),
+    ({"tools": [tool("a", {"type": "object", "properties": []})]}, "tools[0].function.parameters"),
+    ({"tools": [tool("a", {"description": "word " * 300_000})]}, "tools"),
+    ({"tools": [tool("a", {"description": "\ud800"})]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": NAMED}, "tool_choice"),
+    ({"tools": [tool("a")], "tool_choice": NAMED}, "tool_choice"),
+    ({"tools": [tool("a")], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [tool("a")], "tool_choice": ALLOWED}, "tool_choice"),
+    ({"chat_template": "mine"}, "chat_template"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x": "\ud800"}, "documents": [{"text": "\ud800"}]}, "documents"),
+    ({"documents": [{"text": "x"}]}, "documents"),
+    ({"reasoning_effort": "most"}, "reasoning_effort"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"continue_final_message": True, "messages": [{"role": "assistant"}]}, "continue_final_message"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages[0]"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALL] * 2049}]}, "messages"),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]},
+        "messages[0].content[0].refusal",
+    ),
+    ({"messages": [{"role": "function", "content": "x", "name": "a"}]}, "messages[0].role"),
     ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"logprobs": 1}, "logprobs"),
@@ -111,6 +149,9 @@ BAD_COMPLETION = [
     ({"logprobs": True}, "logprobs"),
     ({"echo": "yes"}, "echo"),
     ({"prompt": [5] * 1000, "echo": True, "logprobs": 20, "n": 20}, "logprobs"),
+    ({"tools": [tool("a")]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"continue_final_message": True}, "continue_final_message"),
     ({"prompt": None}, "prompt"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": "\ud800"}, "prompt"),

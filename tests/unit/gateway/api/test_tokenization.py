@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.gateway.text.prompt import THREAD_CHARACTERS_MIN
+from services.gateway.text.tokenizing import THREAD_CHARACTERS_MIN
 from tests.unit.gateway.in_memory_cluster import MODEL
 
 TEXT = "Paris, 日本 👍"

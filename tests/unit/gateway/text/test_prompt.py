@@ -1,5 +1,6 @@
 """From a checked request to tokens and sampling parameters, with the default model."""
 
+import asyncio
 import random
 import threading
 from dataclasses import replace
@@ -9,8 +10,8 @@ import pytest
 from services.core.errors import BadRequest
 from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest
 from services.gateway.door.tenant import Tenant
-from services.gateway.text.prompt import THREAD_CHARACTERS_MIN, PromptReader
-from services.model.chat_template import ChatTemplate
+from services.gateway.text.prompt import PromptReader
+from services.gateway.text.tokenizing import THREAD_CHARACTERS_MIN, THREADS_MAX, Tokenizing
 from services.model.tokenizer import Tokenizer
 from tests.unit.gateway.in_memory_cluster import MODEL
 
@@ -61,36 +62,66 @@ async def test_a_list_of_one_prompt_is_that_prompt(reader, prompt) -> None:
     assert in_a_list.prompt_ids == (await reader.read_one(completion(prompt), "r", 0.0)).prompt_ids
 
 
-LONG = "a" * THREAD_CHARACTERS_MIN
-LONG_CHATS = {
-    "text": [{"role": "user", "content": LONG}],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": LONG}]}],
-    "extras": [{"role": "user", "content": "a", "name": LONG}],
-    "many": [{"role": "user", "content": ""}] * 1000,
+LONG_PROMPTS = {
+    "chat": chat({"role": "user", "content": "a" * THREAD_CHARACTERS_MIN}),
+    "completion": completion("a" * (THREAD_CHARACTERS_MIN + 1)),
+    "many": completion(["a"] * 100),
 }
 
 
-@pytest.mark.parametrize("messages", LONG_CHATS.values(), ids=LONG_CHATS)
-async def test_long_conversations_are_rendered_and_tokenised_beside_the_event_loop(
-    served_model, messages
-) -> None:
-    threads: list[threading.Thread] = []
+@pytest.mark.parametrize("request_", LONG_PROMPTS.values(), ids=LONG_PROMPTS)
+async def test_long_prompts_are_tokenised_beside_the_event_loop(served_model, request_) -> None:
+    threads: set[threading.Thread] = set()
 
     class Watched(Tokenizer):
-        def render_chat(self, *args, **kwargs) -> str:
-            threads.append(threading.current_thread())
-            return served_model.tokenizer.render_chat(*args, **kwargs)
-
         def encode(self, *args, **kwargs) -> list[int]:
-            threads.append(threading.current_thread())
+            threads.add(threading.current_thread())
             return super().encode(*args, **kwargs)
 
     plain = served_model.tokenizer
-    watched = Watched(plain.backend, plain.end_token_ids, ChatTemplate({}, {}))
-    model = replace(served_model, tokenizer=watched)
-    await PromptReader(model, lambda: 10**6, 8, random.Random(5)).read_one(chat(*messages), "r", 0.0)
-    assert len(threads) == 2
+    watched = Watched(plain.backend, plain.end_token_ids, plain.chat_template)
+    model = replace(served_model, tokenizing=Tokenizing(watched))
+    await PromptReader(model, lambda: 10**6, 8, random.Random(5)).read(request_, "r", 0.0)
+    assert threads
     assert threading.current_thread() not in threads
+
+
+async def test_no_more_than_two_long_prompts_are_tokenised_at_once(served_model) -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    class Watched(Tokenizer):
+        def encode(self, *args, **kwargs) -> list[int]:
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            ids = super().encode(*args, **kwargs)
+            with lock:
+                running -= 1
+            return ids
+
+    plain = served_model.tokenizer
+    tokenizing = Tokenizing(Watched(plain.backend, plain.end_token_ids, plain.chat_template))
+    texts = ["word " * 2000] * 8
+    await asyncio.gather(*(tokenizing.encode([text], add_special_tokens=False) for text in texts))
+    assert most == THREADS_MAX
+
+
+@pytest.mark.parametrize("kind", [chat, completion])
+async def test_a_prompt_far_beyond_the_context_is_refused_without_tokenising_it(served_model, kind) -> None:
+    class Unused(Tokenizer):
+        def encode(self, *args, **kwargs) -> list[int]:
+            raise AssertionError("it was tokenised")
+
+    plain = served_model.tokenizer
+    tokenizing = Tokenizing(Unused(plain.backend, plain.end_token_ids, plain.chat_template))
+    reader = PromptReader(replace(served_model, tokenizing=tokenizing), lambda: CONTEXT, 8, random.Random(5))
+    text = "a" * 8_000_000
+    with pytest.raises(BadRequest) as refused:
+        await reader.read(kind({"role": "user", "content": text}) if kind is chat else kind(text), "r", 0.0)
+    assert refused.value.param == ("messages" if kind is chat else "prompt")
+    assert refused.value.code == "context_length_exceeded"
 
 
 async def test_answers_may_fill_the_context_in_chats_and_sixteen_tokens_in_completions(reader) -> None:

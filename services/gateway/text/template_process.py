@@ -1,0 +1,97 @@
+"""The child process that renders chat templates: frames on stdin, one reply for each on stdout.
+
+It imports no more than rendering needs. The kernel ends it when a template takes more processor time than
+it may, whatever the template does; more memory than it may have is an error like any other.
+
+A frame is 4 bytes of length (little-endian) and a body. The first is a Setup, answered by an empty frame;
+the others are pickled Chats, answered by a Rendered or a Refused.
+"""
+
+import pickle
+import resource
+import signal
+import sys
+from typing import BinaryIO
+
+import msgspec
+
+from services.core.errors import BadRequest
+from services.model.chat_template import Chat, ChatTemplate
+
+LENGTH_BYTES = 4
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Of one child process."""
+
+    seconds: float  # of processor time for one text
+    memory_bytes: int = 512 << 20  # of address space; 8 MB of messages take up to a third of it
+
+
+class Setup(msgspec.Struct, frozen=True):
+    sources: dict[str, str]
+    special_tokens: dict[str, str]
+    limits: Limits
+
+
+class Rendered(msgspec.Struct, frozen=True, tag=True):
+    text: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    message: str
+    param: str | None
+    code: str | None
+
+
+Reply = Rendered | Refused
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway too, which still has requests
+    reader, writer = sys.stdin.buffer, sys.stdout.buffer
+    setup = msgspec.msgpack.decode(_read(reader), type=Setup)
+    template = ChatTemplate(setup.sources, setup.special_tokens)
+    for limit, value in _resources(setup.limits).items():
+        resource.setrlimit(limit, (value, value))
+    _write(writer, b"")
+    while body := _read(reader):
+        signal.setitimer(signal.ITIMER_PROF, setup.limits.seconds)
+        reply = _reply(template, body)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(writer, reply)
+
+
+def _resources(limits: Limits) -> dict[int, int]:
+    return {resource.RLIMIT_AS: limits.memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+
+
+def _reply(template: ChatTemplate, body: bytes) -> bytes:
+    param = "messages"
+    try:
+        chat: Chat = pickle.loads(body)
+        param = chat.template_param
+        return msgspec.msgpack.encode(Rendered(template.render(chat)))
+    except BadRequest as error:
+        return msgspec.msgpack.encode(Refused(error.message, error.param, error.code))
+    except UnicodeEncodeError:
+        problem = "The chat's text holds half of a surrogate pair. Send valid Unicode."
+    except MemoryError:
+        problem = "The chat template needs too much memory for these messages."
+    return msgspec.msgpack.encode(Refused(problem, param, None))
+
+
+def _read(reader: BinaryIO) -> bytes:
+    """The next body; empty at the end."""
+    header = reader.read(LENGTH_BYTES)
+    return reader.read(int.from_bytes(header, "little")) if header else b""
+
+
+def _write(writer: BinaryIO, body: bytes) -> None:
+    writer.write(len(body).to_bytes(LENGTH_BYTES, "little"))
+    writer.write(body)
+    writer.flush()
+
+
+if __name__ == "__main__":
+    main()

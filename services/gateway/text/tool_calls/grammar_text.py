@@ -1,0 +1,36 @@
+"""Grammars of tool calls, in llguidance's dialect of Lark (its docs/syntax.md).
+
+Each tool's schema is a JSON grammar of its own inside the call's fixed text, so that what its $refs
+point to stays where it was.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from services.gateway.text.tool_calls.piece import CallableTool
+
+# As models are trained to write JSON. With free blanks a small one may write nothing else any more.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def calls_grammar(calls: Sequence[str], *, begin: str, end: str, between: str, parallel: bool) -> str:
+    """One of `calls` after another, each in its marks. All are terms of the grammar; may be empty."""
+    more = f" ({between} call)*" if parallel else ""
+    rules = [f"call_{n}: {call}" for n, call in enumerate(calls)]
+    choice = " | ".join(f"call_{n}" for n in range(len(calls)))
+    return "\n".join([f"start: call{more}", f"call: {begin} ({choice}) {end}", *rules, ""])
+
+
+def json_call(tool: CallableTool, arguments_key: str) -> str:
+    """{"name": "NAME", "KEY": {...}}"""
+    head = f'{{"name": "{tool.name}", "{arguments_key}": '
+    return f'{quoted(head)} {json_term(tool.parameters)} "}}"'
+
+
+def json_term(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps({'x-guidance': _SPACING, **schema})}"
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text)
