@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := services router kernels loadtest tests
 
-.PHONY: setup run-setup demo up test test-full sim lint format proto chaos bench-kv bench-fetch bench-cancel \
+.PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-gateway clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
@@ -36,6 +36,10 @@ test: setup
 # All 60 exactness prompts and the other full-size proofs (about 20 minutes on two cores).
 test-full: setup
 	@$(PY) -m pytest
+
+# Anything at the ports between gateways and workers (EXAMPLES=2000), and they go on serving.
+fuzz: setup
+	@FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) $(PY) -m pytest tests/fuzz
 
 # Whole clusters on virtual time, with faults: SEEDS=N runs N of them, SEED=N repeats one with its log.
 sim: setup

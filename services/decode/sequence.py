@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from services.core.clock import Clock
-from services.core.errors import DiptychError, EngineFailed, Overloaded, facts, from_label
+from services.core.errors import DiptychError, EngineFailed, KvCorrupt, Overloaded, facts, from_label
 from services.engine.handle import EngineHandle, Event, Stalled
 from services.engine.messages import (
     Admitted,
@@ -35,7 +35,7 @@ from services.engine.messages import (
 from services.transfer.destination import Destination
 from services.transfer.fetch import PrefixFetcher, PrefixOffer
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import KvSource, KvTransport
+from services.transfer.protocol import FirstToken, KvSource, KvTransport
 from services.transfer.receive import Received, ReceiveObserver, receive_kv
 from services.wire.convert import prompt_logprobs_to_wire, sampled_to_wire
 from services.wire.generated import worker_pb2
@@ -76,6 +76,8 @@ class DecodeSequence:
         emit: Callable[[DecodeOutput], None],
         on_end: Callable[[], None],
         prefix: PrefixOffer | None = None,
+        *,
+        vocab_size: int,
     ) -> None:
         self._submit = submit
         self._source = source
@@ -83,6 +85,7 @@ class DecodeSequence:
         self._parts = parts
         self._emit = emit
         self._on_end = on_end
+        self._vocab_size = vocab_size
         self._open = set(submit.choices)  # neither ended nor cancelled
         self._receiving: asyncio.Task[Received] | None = None
         self._silent = False  # the gateway hears nothing more
@@ -212,8 +215,16 @@ class DecodeSequence:
             self.give_up(error if isinstance(error, DiptychError) else _broken(error))
         elif self._silent:  # it was done before it could be cancelled
             self._end()
+        elif not self._are_first(task.result().firsts):
+            self.give_up(KvCorrupt("the source sent other first tokens than the sequence has choices"))
         else:
             self._start(admitted, task.result())
+
+    def _are_first(self, firsts: Iterable[FirstToken]) -> bool:
+        """Whether they are one token of each choice."""
+        index = len(self._submit.output_ids)
+        tokens = all(0 <= first.token < self._vocab_size and first.index == index for first in firsts)
+        return tokens and sorted(first.choice for first in firsts) == sorted(self._submit.choices)
 
     def _start(self, admitted: Admitted, received: Received) -> None:
         self._parts.on_received(received)

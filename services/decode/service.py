@@ -17,7 +17,7 @@ from services.engine.submission import SequenceBounds
 from services.transfer.fetch import prefix_offer
 from services.transfer.protocol import KvSource
 from services.wire.channel import abort
-from services.wire.convert import attempt_id
+from services.wire.convert import attempt_id, source_from_wire
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 # A gateway that stops reading is cut off before its events fill the memory (about 100 bytes each).
@@ -91,6 +91,7 @@ class Session:
                 emit=lambda output: self._emit(wire, output),
                 on_end=lambda: self._forget(seq_id),
                 prefix=prefix_offer(wire),
+                vocab_size=self._bounds.vocab_size,
             )
             sequence.open()
             self._sequences[seq_id] = sequence
@@ -167,4 +168,4 @@ async def _read(commands: AsyncIterator[worker_pb2.DecodeCommand], session: Sess
 def _source(submit: worker_pb2.DecodeSubmit) -> KvSource | None:
     if not submit.HasField("source"):
         return None
-    return KvSource(submit.source.worker_id, submit.source.address, submit.source.epoch)
+    return KvSource(*source_from_wire(submit.source))

@@ -113,6 +113,9 @@ class EngineHandle:
     def sequences(self) -> int:
         return len(self._listeners)
 
+    def knows(self, seq_id: str) -> bool:
+        return seq_id in self._listeners
+
     def submit(self, submit: Submit | Lend, listener: Listener) -> None:
         """Hand a sequence to the engine. Raises Overloaded beyond the bound, EngineFailed if it is gone,
         EngineStalled while it is overdue, BadRequest if the sequence is here already."""

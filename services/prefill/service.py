@@ -60,7 +60,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
     async def _run(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         self._incarnation.check(request.epoch, "prefill")
         submit = self._bounds.submission(request.sequence, "prefill")
-        if self._leases.knows(submit.seq_id):
+        # Known to the engine alone it would be a sequence that this worker decodes.
+        if self._leases.knows(submit.seq_id) or self._engine.knows(submit.seq_id):
             raise BadRequest(f"attempt {submit.seq_id} is running already", "attempt")
         lease = self._leases.open(submit.seq_id, len(submit.prompt_ids) + len(submit.output_ids))
         try:

@@ -23,9 +23,9 @@ from services.core.errors import (
 )
 from services.transfer.destination import Destination
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import KvSource, KvTransport
+from services.transfer.protocol import KvSource, KvTransport, loan_id
 from services.transfer.receive import ReceiveObserver, receive_lent
-from services.wire.convert import attempt_id
+from services.wire.convert import attempt_id, source_from_wire
 from services.wire.generated import worker_pb2
 
 # Bounds of the patience. Below the least, one busy step of the source's engine would end a fetch; beyond
@@ -155,7 +155,7 @@ class PrefixFetcher:
         return PrefixFetched(tokens, tokens * token_bytes, (self._clock.now() - started_s) * 1e3, error)
 
     async def _lend_and_receive(self, order: _Order, progress: "_Progress") -> None:
-        offer, source, transfer_id = order.offer, order.offer.source, f"{order.offer.seq_id}/prefix"
+        offer, source, transfer_id = order.offer, order.offer.source, loan_id(order.offer.seq_id)
         if self._avoided_until.get(source, 0.0) > self._clock.now():
             raise KvSourceLost(f"{source.worker_id} did not answer a moment ago")
 
@@ -201,13 +201,12 @@ def _shortened(destination: Destination, lent: int, source: KvSource) -> Destina
 
 
 def prefix_offer(sequence: worker_pb2.Sequence) -> PrefixOffer | None:
-    """What the gateway says about a sequence's prefix, if anything."""
+    """What the gateway says about a sequence's prefix, if anything. Raises BadRequest."""
     if not sequence.HasField("prefix"):
         return None
-    worker = sequence.prefix.worker
     return PrefixOffer(
         attempt_id(sequence.request_id, sequence.attempt),
-        KvSource(worker.worker_id, worker.address, worker.epoch),
+        KvSource(*source_from_wire(sequence.prefix.worker)),
         [*sequence.prompt_ids, *sequence.output_ids],
         sequence.salt,
     )

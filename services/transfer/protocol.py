@@ -26,6 +26,19 @@ class KvSource:
     epoch: int
 
 
+_LOAN_SUFFIX = "/prefix"
+
+
+def loan_id(seq_id: str) -> str:
+    """The transfer in which a sequence fetches a prefix."""
+    return seq_id + _LOAN_SUFFIX
+
+
+def is_loan_id(transfer_id: str) -> bool:
+    """Never true of an attempt, which ends with its number: a loan must not pass for one."""
+    return transfer_id.endswith(_LOAN_SUFFIX)
+
+
 @dataclass(frozen=True, slots=True)
 class FirstToken:
     """The token that the prefill sampled for one choice."""

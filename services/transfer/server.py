@@ -9,7 +9,8 @@ from services.core.clock import Clock
 from services.core.errors import BadRequest, DiptychError, Incompatible, KvSourceLost, KvStale
 from services.transfer.lease import Lease, LeaseTable
 from services.transfer.pool_memory import PoolMemory
-from services.transfer.protocol import KvChunk, KvHeader, LendOrder, NixlOffer, PullOrder
+from services.transfer.protocol import KvChunk, KvHeader, LendOrder, NixlOffer, PullOrder, is_loan_id
+from services.wire.convert import check_name
 
 # A message over gRPC. Measured per block of 737 kB, processor time of both sides together: 0.71 ms at
 # 1 MiB, 0.66 at 2, 0.60 at 4, 0.63 at 8 MiB.
@@ -52,6 +53,7 @@ class KvServer:
         The first is the one with the token asked for; the reader knows what of it it has already.
         """
         self._check(order.epoch, order.compatibility)
+        check_name(order.transfer_id, "transfer_id")
         lease = await self._leases.find(order.transfer_id, self._pull_wait_s)
         with self._leases.hold(lease):
             lease.opened_by_puller()
@@ -72,6 +74,12 @@ class KvServer:
     async def lend(self, order: LendOrder) -> int:
         """Open a loan; of how many leading tokens. What a draining worker has cached may be read, too."""
         self._check(order.epoch, order.compatibility)
+        check_name(order.transfer_id, "transfer_id")
+        check_name(order.salt or "-", "salt")
+        if not is_loan_id(order.transfer_id):
+            raise BadRequest(f"{order.transfer_id} does not name a loan", "transfer_id")
+        if len(order.token_ids) > self._memory.geometry.blocks * self._memory.block_size:
+            raise BadRequest("token_ids are more than a cache holds", "token_ids")
         if self._leases.knows(order.transfer_id):
             raise BadRequest(f"transfer {order.transfer_id} is open already", "transfer_id")
         lease = self._leases.open_loan(order.transfer_id)

@@ -23,6 +23,8 @@ REQUEST_BYTES_MAX = 16 << 20
 # few streams besides. More calls on a connection wait at their caller, more at a server are refused.
 STREAMS_MAX, CALLS_MAX = 1024, 4096
 
+_MESSAGE_CHARACTERS_MAX = 1000  # of an error: it travels in a header, of which peers take 8 KiB
+
 # Keepalive finds a peer that stopped answering within 2 s even when no call makes progress. Its pings
 # have a timeout of their own, 60 s by default, without which the other one means nothing.
 _OPTIONS: list[tuple[str, int]] = [
@@ -100,7 +102,7 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: DiptychErr
     known = facts(error)
     await context.abort(
         getattr(grpc.StatusCode, known.grpc_code),
-        error.message,
+        error.message[:_MESSAGE_CHARACTERS_MAX],
         trailing_metadata=((ERROR_LABEL_KEY, known.label),),
     )
     raise AssertionError("abort returned")

@@ -1,10 +1,15 @@
 """Between protobuf messages and the core vocabulary, both ways. Field names are the same."""
 
+import re
+
 from services.core.block_hash import Compatibility
 from services.core.errors import BadRequest
 from services.core.logprobs import PromptLogprobs, TokenLogprobs
 from services.core.sampling import FinishReason, SamplingParams
 from services.wire.generated import transfer_pb2, worker_pb2
+
+NAME_CHARACTERS_MAX = 512  # of requests, transfers, workers, salts
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[0-9A-Za-z._-]+|[0-9A-Fa-f:]+):[0-9]{1,5}")
 
 _FINISH_TO_WIRE: dict[FinishReason | None, worker_pb2.FinishReason] = {
     None: worker_pb2.FINISH_REASON_UNSPECIFIED,
@@ -84,6 +89,22 @@ def compatibility_to_wire(value: Compatibility) -> transfer_pb2.Compatibility:
 
 def compatibility_from_wire(wire: transfer_pb2.Compatibility) -> Compatibility:
     return Compatibility(**{name: getattr(wire, name) for name in Compatibility.__struct_fields__})
+
+
+def check_name(text: str, param: str) -> None:
+    """Of something that is remembered by it. Raises BadRequest for one that is empty or very long."""
+    if not 0 < len(text) <= NAME_CHARACTERS_MAX:
+        raise BadRequest(f"{param} must have 1 to {NAME_CHARACTERS_MAX} characters", param)
+
+
+def source_from_wire(wire: worker_pb2.KvSource) -> tuple[str, str, int]:
+    """Worker, address and epoch. Raises BadRequest for an address that is not host:port: gRPC would take
+    unix:/path and other schemes, too."""
+    check_name(wire.worker_id, "source.worker_id")
+    check_name(wire.address, "source.address")
+    if not _ADDRESS.fullmatch(wire.address):
+        raise BadRequest(f"a worker's address is host:port, not {wire.address!r}", "source.address")
+    return wire.worker_id, wire.address, wire.epoch
 
 
 def attempt_id(request_id: str, attempt: int) -> str:

@@ -79,6 +79,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 LogprobsCount = Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)]
 BIASED_TOKENS_MAX = 1024
 BAD_WORDS_MAX = 256
+STOP_TOKENS_MAX = 1024
 _BadWord = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
@@ -105,7 +106,7 @@ class GenerationRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int | None = Field(None, description="the same seed gives the same answer; drawn if not given")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=STOP_TOKENS_MAX)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

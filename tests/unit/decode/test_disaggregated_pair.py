@@ -20,7 +20,7 @@ from services.decode import service as service_module
 from services.decode.sequence import DecodeSequence
 from services.engine.messages import Admitted, Revoked
 from services.transfer.destination import Destination
-from services.transfer.protocol import KvSource
+from services.transfer.protocol import FirstToken, KvSource
 from services.wire.channel import from_rpc_error
 from services.wire.convert import sampling_to_wire
 from services.wire.generated import worker_pb2
@@ -278,6 +278,7 @@ async def test_a_revocation_before_the_first_turn_of_a_receive_is_answered() -> 
         one = DecodeSequence(
             BOUNDS.submission(sequence(), "receive"), KvSource("p", pair.prefill_address, 11),
             pair.decode.parts, events.append, on_end=lambda: events.append("end"),
+            vocab_size=BOUNDS.vocab_size,
         )  # fmt: skip
         pair.decode.engine.paused = True  # its admission is told by hand, in one turn with the revocation
         one.open()
@@ -519,3 +520,47 @@ async def test_the_death_of_an_engine_reaches_every_sequence_once() -> None:
         InProcessEngine._fail_all(pair.decode.engine)
         assert await session.failure("local") == "engine_failed"
         await session.close()
+
+
+async def test_a_loan_cannot_take_the_name_of_an_attempt() -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        pair.decode.engine.paused = True
+        await session.submit(sequence())
+        await until(lambda: pair.decode.engine.sequences == 1)
+        with pytest.raises(BadRequest, match="does not name a loan"):
+            await pair.prefill.kv.transport.lend(KvSource("d", pair.decode_address, 22), "r/0", PROMPT, "")
+        pair.decode.engine.resume()
+        assert await session.tokens() == await alone(sequence())
+        await session.close()
+
+
+@pytest.mark.parametrize(
+    "firsts",
+    [
+        (),
+        (FirstToken(0, 1, None, choice=3),),
+        (FirstToken(0, 50_000, None),),
+        (FirstToken(0, -1, None),),
+        (FirstToken(5, 1, None),),
+        (FirstToken(0, 1, None), FirstToken(0, 2, None)),
+    ],
+)
+async def test_first_tokens_that_the_sequence_cannot_have_end_it_with_an_error(
+    firsts: tuple[FirstToken, ...],
+) -> None:
+    async with running_pair() as pair:
+        session = Session(pair)
+        prefill = pair.run_prefill(sequence())
+        await until(lambda: pair.prefill.leases.knows("r/0"))
+        pair.prefill.engine.paused = True
+        lease = pair.prefill.leases._leases["r/0"]
+        lease.finished = lambda first, at_s: (lease.firsts.extend(firsts), lease._completed(at_s))  # type: ignore[method-assign, assignment]
+        pair.prefill.engine.resume()
+        await session.submit(sequence(), pair.source())
+        assert await session.failure() in ("kv_corrupt", "kv_source_lost")
+        prefill.cancel()
+        await session.submit(sequence("next"))
+        assert await session.tokens("next") == await alone(sequence("next"))
+        await session.close()
+        await pair.idle()

@@ -6,7 +6,7 @@ import pytest
 
 from services.core.errors import BadRequest
 from services.core.sampling import SamplingParams
-from services.engine.submission import SequenceBounds
+from services.engine.submission import TEXT_BYTES_MAX, SequenceBounds
 from services.wire.convert import sampling_to_wire
 from services.wire.generated import worker_pb2
 
@@ -48,3 +48,57 @@ def test_rules_within_the_vocabulary_pass() -> None:
     }
     submit = BOUNDS.submission(sequence(**rules), "local")
     assert submit.sampling == SamplingParams(max_tokens=5, **rules)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"presence_penalty": float("inf")},
+        {"frequency_penalty": -1e300},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"end_token_ids": (-1,)},
+        {"end_token_ids": tuple(range(3000))},
+        {"bad_words": ((1,),) * 2000},
+        {"grammar": "x" * (TEXT_BYTES_MAX + 1)},
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_with_their_name(params: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as raised:
+        BOUNDS.submission(sequence(**params), "local")
+    assert raised.value.param in params
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"request_id": ""},
+        {"request_id": "x" * 1000},
+        {"salt": "x" * 1000},
+        {"prompt_ids": []},
+        {"prompt_ids": [-1]},
+        {"prompt_ids": [100]},
+        {"prompt_ids": [1] * 46},
+        {"output_ids": [100]},
+        {"output_ids": [1] * 5},
+        {"choice_ids": [1, 1]},
+        {"choice_ids": list(range(200))},
+        {"choice_ids": [2**32 - 1]},
+    ],
+)
+def test_sequences_that_fit_nowhere_are_refused(changes: dict[str, Any]) -> None:
+    wire = sequence()
+    for name, value in changes.items():
+        if isinstance(value, list):
+            wire.ClearField(name)
+            getattr(wire, name).extend(value)
+        else:
+            setattr(wire, name, value)
+    with pytest.raises(BadRequest):
+        BOUNDS.submission(wire, "local")
