@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import ClusterSpec, RunningCluster
+from tests.support.reference import Reference
 
 SPLIT = ClusterSpec(prefill=1, decode=1, split="always", blocks=1200)
 ALONE = ClusterSpec(prefill=0, decode=1, split="never", blocks=1200)
@@ -45,6 +46,11 @@ def clusters(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     clusters = Clusters(default_model, tmp_path_factory.mktemp("clusters"))
     yield clusters
     clusters.stop_all()
+
+
+@pytest.fixture(scope="session")
+def reference(default_model: Path) -> Reference:
+    return Reference(default_model)
 
 
 @pytest.fixture

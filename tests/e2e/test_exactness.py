@@ -52,11 +52,6 @@ def asked(default_model) -> Asked:
     return Asked(build_prompts(open_model(default_model).tokenizer()))
 
 
-@pytest.fixture(scope="module")
-def reference(default_model) -> Reference:
-    return Reference(default_model)
-
-
 def check(asked: Asked, reference: Reference, answers: dict[int, Answer]) -> None:
     ties = {n: reference.check_greedy(asked.prompts[n], answer.token_ids) for n, answer in answers.items()}
     tied = [length for length, count in ties.items() if count]

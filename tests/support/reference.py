@@ -38,6 +38,12 @@ class Reference:
         return self._model(torch.tensor([list(token_ids)]), logits_to_keep=1, use_cache=False).logits[0, 0]
 
     @torch.inference_mode()
+    def logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """float64 [tokens - 1, vocab]: log-softmax of what may follow each token but the last."""
+        logits = self._model(torch.tensor([list(token_ids[:-1])]), use_cache=False).logits[0]
+        return logits.double().log_softmax(dim=-1)
+
+    @torch.inference_mode()
     def _count_ties(self, prompt_ids: tuple[int, ...], output_ids: tuple[int, ...]) -> int:
         known = torch.tensor([[*prompt_ids, *output_ids[:-1]]])
         logits = self._model(known, logits_to_keep=len(output_ids), use_cache=False).logits[0]
