@@ -211,12 +211,13 @@ async def test_a_cancelled_prefill_gives_no_block_up_while_its_fetch_may_still_w
     transport = SlowToEnd()
     subject.worker._incarnation.role = "both"
     subject.worker._server._fetcher._transport = transport
+    source = worker_pb2.KvSource(worker_id="s", address="127.0.0.1:1", epoch=7)
     request = worker_pb2.PrefillRequest(
         sequence=worker_pb2.Sequence(
             request_id="r",
             prompt_ids=range(1, 18),
             sampling=sampling_to_wire(SamplingParams(max_tokens=2)),
-            prefix=worker_pb2.PrefixSource(worker=worker_pb2.KvSource(worker_id="s", epoch=7), tokens=16),
+            prefix=worker_pb2.PrefixSource(worker=source, tokens=16),
         ),
         epoch=1,
     )
