@@ -15,6 +15,7 @@ from services.gateway.api.logprobs import (
 from services.gateway.api.responses import ErrorBody, Timings
 from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from services.gateway.api.sse import EventStream
+from services.gateway.api.text_chunks import TextChunks, is_only_text
 from services.gateway.door.tenant import Tenant
 from services.gateway.path.generation import Generation
 from services.gateway.path.record import Record
@@ -59,6 +60,8 @@ class ChoicesReply:
         form = ChatFormat if isinstance(body, ChatCompletionRequest) else CompletionFormat
         self._format: AnswerFormat = form(request_id, prompts.model.name)
         self._logprobs = logprobs_writer(body, prompts.model.token_bytes)
+        self._texts = TextChunks(lambda delta: as_json(self._format.chunk(delta)))
+        self._wants_text_alone = self._logprobs is None and not body.return_token_ids
 
     async def read(self, request_id: str, deadline: float, tenant: Tenant) -> list[Generation]:
         return await self._prompts.read(self._body, request_id, deadline, tenant)
@@ -83,6 +86,9 @@ class ChoicesReply:
                     opened.add(delta.choice)
                     if opening := self._format.opening(delta.choice):
                         chunks.append(as_json(opening))
+                if self._wants_text_alone and is_only_text(delta):
+                    chunks.append(self._texts.json(delta))
+                    continue
                 unfinished -= delta.finish is not None
                 last = not unfinished and not self._body.include_usage
                 extras = (self._timings, self._routes) if last else (None, None)
