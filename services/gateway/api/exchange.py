@@ -7,7 +7,7 @@ answer is streamed or not.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -46,7 +46,7 @@ class Exchange(Response):
         stream = EventStream(send)
         try:
             with self._reply.record.keeping(), self._gateway.admission.slot():
-                async with self._in_time(), aclosing(self._deltas()) as deltas:
+                async with self._in_time(), self._answering() as deltas:
                     if self._reply.streamed:
                         await self._reply.stream(deltas, stream)
                     else:
@@ -79,7 +79,8 @@ class Exchange(Response):
         except TimeoutError:
             raise DeadlineExceeded("The client did not read its answer in time.") from None
 
-    async def _deltas(self) -> AsyncGenerator[list[TextDelta], None]:
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[AsyncGenerator[list[TextDelta], None]]:
         deadline = self._gateway.clock.now() + self._gateway.config.request_timeout_s
         generations = await self._reply.read(self._request_id, deadline, self._visit.tenant)
         await self._visit.take_prompt(sum(len(generation.prompt_ids) for generation in generations))
@@ -87,8 +88,7 @@ class Exchange(Response):
         async with self._gateway.answering(generations, self._reply.record) as deltas:
             context = {"request_id": self._request_id}
             logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
-            async for burst in deltas:
-                yield burst
+            yield deltas
 
     async def _end_with(self, stream: EventStream, error: ErrorBody) -> None:
         """An error after the first byte: the status is gone, so it is an event."""

@@ -43,12 +43,16 @@ class Answers:
                 await self._admission.admit(part.ticket)
                 one = part.generation
                 part.journal.admit(len(one.prompt_ids), one.sampling.seed, wants_answer=one.wants_answer)
-            streams = [self._numbered(number) for number in range(len(self._parts))]
-            async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as deltas:
+            async with aclosing(self._deltas()) as deltas:
                 yield deltas
         finally:
             for part in self._parts:
                 self._queue.leave(part.ticket)
+
+    def _deltas(self) -> AsyncGenerator[list[TextDelta], None]:
+        if len(self._parts) == 1:  # its choices have their numbers, and nobody waits for its end
+            return self._parts[0].deltas()
+        return merged(self._numbered(number) for number in range(len(self._parts)))
 
     async def _numbered(self, number: int) -> AsyncGenerator[list[TextDelta], None]:
         """The deltas of one prompt, with the numbers that choices have in the request."""

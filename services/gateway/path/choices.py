@@ -36,6 +36,8 @@ class Choices:
 
     def take_unwanted(self, served: Many[int]) -> set[int]:
         """Those of `served` that somebody closed since the last call, although their worker goes on."""
+        if not self._unwanted:
+            return set()
         taken = self._unwanted.intersection(served)
         self._unwanted -= taken
         return taken

@@ -1,6 +1,7 @@
 """One attempt's calls: prefill and decode at once, their events in one stream."""
 
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 from services.core.child_tasks import ChildTasks
@@ -28,13 +29,30 @@ _SOURCE_ERRORS = (KvSourceLost, KvLinkLost, KvCorrupt, KvStale, LeaseExpired)
 Arrived = WorkerEvent | AttemptFailed | Exception
 
 
-async def dispatch(
-    workers: WorkerClient, sequence: Sequence, placement: Routed, clock: Clock, deadline: float
-) -> AsyncGenerator[list[WorkerEvent | AttemptFailed], None]:
-    """Bursts of both workers' events as they arrive, without end unless an attempt fails.
+class Arrivals:
+    """The events of one attempt's calls."""
 
-    Closing it cancels both calls. It ends with AttemptFailed, at the deadline too.
-    """
+    def __init__(self, inbox: Inbox[Arrived], placement: Routed) -> None:
+        self._inbox, self._placement = inbox, placement
+
+    async def take(self) -> list[WorkerEvent | AttemptFailed]:
+        """What has come since the last call, once that is something. If an AttemptFailed is there, it is the
+        last one that ever comes. Raises the exception of a bug."""
+        burst: list[WorkerEvent | AttemptFailed] = []
+        for event in await self._inbox.take():
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, AttemptFailed):
+                return [*burst, _blame(event, self._placement)]
+            burst.append(event)
+        return burst
+
+
+@asynccontextmanager
+async def dispatched(
+    workers: WorkerClient, sequence: Sequence, placement: Routed, clock: Clock, deadline: float
+) -> AsyncIterator[Arrivals]:
+    """Both workers are called; at the deadline the attempt fails. Leaving it cancels what still runs."""
     inbox: Inbox[Arrived] = Inbox()
     async with ChildTasks() as calls:
         if placement.prefill is not None:
@@ -43,23 +61,7 @@ async def dispatch(
             decoding = workers.decode(placement.decode, sequence, placement.prefill, inbox.put)
             calls.start(_reporting(inbox, placement.decode, decoding))
         calls.start(_reporting(inbox, None, _expire(clock, deadline)))
-        while True:
-            burst = _until_failure(await inbox.take(), placement)
-            yield burst
-            if isinstance(burst[-1], AttemptFailed):
-                return
-
-
-def _until_failure(arrived: list[Arrived], placement: Routed) -> list[WorkerEvent | AttemptFailed]:
-    """What came up to the first failure, which is the last. Raises a bug's exception."""
-    burst: list[WorkerEvent | AttemptFailed] = []
-    for event in arrived:
-        if isinstance(event, Exception):
-            raise event
-        if isinstance(event, AttemptFailed):
-            return [*burst, _blame(event, placement)]
-        burst.append(event)
-    return burst
+        yield Arrivals(inbox, placement)
 
 
 async def _prefill(

@@ -4,8 +4,8 @@ Layers around it add one concern each: `attempts` retries and resumes, `answer` 
 stop strings, `journal` keeps the times, `exchange` speaks HTTP and sees the client go.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 
 import msgspec
 
@@ -15,7 +15,7 @@ from services.gateway.admission.ticket import Ticket
 from services.gateway.cluster.cluster_view import ClusterView
 from services.gateway.cluster.expected_cache import Noted
 from services.gateway.path.choices import Choices
-from services.gateway.path.dispatch import dispatch
+from services.gateway.path.dispatch import dispatched
 from services.gateway.path.generation import AttemptFailed, Event, Routed, WorkerEvent
 from services.gateway.workers.worker_client import OutputToken, PrefillResult, Sequence, WorkerClient
 
@@ -36,13 +36,20 @@ class Pipeline:
         ):
             yield [placement]
             sequence = msgspec.structs.replace(sequence, prefix=placement.prefix)
-            arriving = dispatch(self._workers, sequence, placement, self._clock, ticket.deadline)
-            async with aclosing(in_index_order(arriving, sequence.choices, choices)) as bursts:
-                async for burst in bursts:
-                    for event in burst:
-                        expected.see(event)
-                        self._queue.note(ticket, event)
-                    yield burst
+            calls = dispatched(self._workers, sequence, placement, self._clock, ticket.deadline)
+            order, begun = IndexOrder(choices), False
+            async with calls as arrivals:
+                while True:
+                    events = order.of(await arrivals.take())
+                    for event in events:
+                        if not (begun and isinstance(event, OutputToken)):  # later tokens tell nothing new
+                            expected.see(event)
+                            self._queue.note(ticket, event)
+                            begun = begun or isinstance(event, OutputToken)
+                    if events:
+                        yield events
+                    if _is_over(events, sequence, choices):
+                        return
                     for choice in choices.take_unwanted(sequence.choices):
                         self._end_choice(placement, sequence, choice)
 
@@ -59,46 +66,44 @@ class Pipeline:
             self._workers.end_choice(placement.decode, sequence, choice)
 
 
-async def in_index_order(
-    arriving: AsyncGenerator[list[WorkerEvent | AttemptFailed], None],
-    served: Collection[int],
-    choices: Choices,
-) -> AsyncGenerator[list[Event], None]:
-    """Events with each choice's tokens in order and without duplicates, until none of `served` goes on.
+def _is_over(events: list[Event], sequence: Sequence, choices: Choices) -> bool:
+    """Whether the attempt has failed, or nobody wants more of any choice it serves."""
+    failed = bool(events) and isinstance(events[-1], AttemptFailed)
+    return failed or not any(map(choices.goes_on, sequence.choices))
+
+
+class IndexOrder:
+    """Puts each choice's tokens in order, without duplicates.
 
     The first tokens come from the prefill worker, the others from the decode worker, whose first
-    may be here earlier: they are held. Other events pass through; the first tokens of a PrefillResult
-    follow it as events of their own.
+    may be here earlier: they are held.
     """
-    held: dict[tuple[int, int], OutputToken] = {}
-    async with aclosing(arriving):
-        async for burst in arriving:
-            ordered: list[Event] = []
-            for event in burst:
-                if isinstance(event, OutputToken):
-                    ordered += _deliver(event, held, choices)
-                else:
-                    ordered.append(event)
-                if isinstance(event, PrefillResult):
-                    for first in event.firsts:
-                        ordered += _deliver(first, held, choices)
-            if ordered:
-                yield ordered
-            if not any(map(choices.goes_on, served)):
-                return
 
+    def __init__(self, choices: Choices) -> None:
+        self._choices = choices
+        self._held: dict[tuple[int, int], OutputToken] = {}
 
-def _deliver(
-    token: OutputToken, held: dict[tuple[int, int], OutputToken], choices: Choices
-) -> list[OutputToken]:
-    """The tokens of its choice whose turn it is with `token`: none, one, or those that were held for it."""
-    choice, ready = token.choice, list[OutputToken]()
-    if token.index > choices.next_index(choice):
-        held[choice, token.index] = token
-    elif token.index == choices.next_index(choice):
-        next_one: OutputToken | None = token
-        while next_one is not None and choices.goes_on(choice):
-            choices.deliver(next_one)
-            ready.append(next_one)
-            next_one = held.pop((choice, choices.next_index(choice)), None)
-    return ready
+    def of(self, arrived: Iterable[WorkerEvent | AttemptFailed]) -> list[Event]:
+        """What `arrived` brings, until nobody wants more of a choice. Other events pass through; the first
+        tokens of a PrefillResult follow it as events of their own."""
+        ordered: list[Event] = []
+        for event in arrived:
+            if isinstance(event, OutputToken):
+                self._deliver(event, ordered)
+                continue
+            ordered.append(event)
+            if isinstance(event, PrefillResult):
+                for first in event.firsts:
+                    self._deliver(first, ordered)
+        return ordered
+
+    def _deliver(self, token: OutputToken, ordered: list[Event]) -> None:
+        choice, next_index = token.choice, self._choices.next_index(token.choice)
+        if token.index > next_index:
+            self._held[choice, token.index] = token
+        elif token.index == next_index:
+            next_one: OutputToken | None = token
+            while next_one is not None and self._choices.goes_on(choice):
+                self._choices.deliver(next_one)
+                ordered.append(next_one)
+                next_one = self._held.pop((choice, self._choices.next_index(choice)), None)

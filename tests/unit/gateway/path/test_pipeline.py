@@ -14,7 +14,7 @@ from services.gateway.admission.place_queue import WaitLimits
 from services.gateway.admission.places import PlaceLimits
 from services.gateway.path.choices import Choices
 from services.gateway.path.generation import Routed, WorkerPair
-from services.gateway.path.pipeline import in_index_order
+from services.gateway.path.pipeline import IndexOrder
 from services.gateway.workers.memory_worker_client import Fault
 from services.gateway.workers.worker_client import OutputToken, PrefillResult, Started
 from tests.unit.gateway.gateway_parts import GatewayParts, sequence
@@ -23,29 +23,25 @@ from tests.unit.gateway.scripted_worker_server import report
 STARTED = Started(0, 0.0, 0, 0.0, 0.0)
 
 
-async def arriving(events):
-    for event in events:
-        yield [event]
-
-
 async def flat(bursts) -> list:
     return [event async for burst in bursts for event in burst]
 
 
-async def ordered(events, next_index: int = 0) -> list:
+def ordered(events, next_index: int = 0) -> list:
     choices = Choices(1)
     choices.delivered[0] = [0] * next_index
-    return await flat(in_index_order(arriving(events), [0], choices))
+    order = IndexOrder(choices)
+    return [given for event in events for given in order.of([event])]
 
 
 def tokens_of(events) -> list[int]:
     return [event.index for event in events if isinstance(event, OutputToken)]
 
 
-async def test_a_second_token_that_comes_first_waits_for_the_first() -> None:
+def test_a_second_token_that_comes_first_waits_for_the_first() -> None:
     first = PrefillResult((OutputToken(0, 50),), 3, 1.0, 2.0)
     events = [STARTED, OutputToken(1, 51), first, OutputToken(2, 52, "length")]
-    assert await ordered(events) == [
+    assert ordered(events) == [
         STARTED,
         first,
         OutputToken(0, 50),
@@ -54,54 +50,50 @@ async def test_a_second_token_that_comes_first_waits_for_the_first() -> None:
     ]
 
 
-async def test_nothing_follows_the_token_that_ends_the_answer() -> None:
-    events = [OutputToken(0, 1), OutputToken(1, 2, "stop"), OutputToken(2, 3), STARTED]
-    assert tokens_of(await ordered(events)) == [0, 1]
+def test_nothing_follows_the_token_that_ends_the_answer() -> None:
+    events = [OutputToken(0, 1), OutputToken(1, 2, "stop"), OutputToken(2, 3)]
+    assert tokens_of(ordered(events)) == [0, 1]
 
 
-async def test_tokens_before_the_resumed_point_are_dropped() -> None:
-    assert tokens_of(await ordered([OutputToken(n, n) for n in range(6)], next_index=4)) == [4, 5]
+def test_tokens_before_the_resumed_point_are_dropped() -> None:
+    assert tokens_of(ordered([OutputToken(n, n) for n in range(6)], next_index=4)) == [4, 5]
 
 
-async def test_each_choice_has_an_order_and_an_end_of_its_own() -> None:
+def test_each_choice_has_an_order_and_an_end_of_its_own() -> None:
     choices = Choices(2)
     firsts = (OutputToken(0, 10, None, 0), OutputToken(0, 20, None, 1))
     ends = OutputToken(2, 12, "stop", 0), OutputToken(2, 22, "length", 1)
     events = [OutputToken(1, 21, None, 1), PrefillResult(firsts, 0, 0.0, 0.0), ends[0]]
     events += [OutputToken(1, 11, None, 0), OutputToken(3, 13, None, 0), ends[1], OutputToken(3, 23, None, 1)]
-    found = await flat(in_index_order(arriving(events), [0, 1], choices))
+    found = IndexOrder(choices).of(events)
     assert [(e.choice, e.token) for e in found if isinstance(e, OutputToken)] == [
         *((0, 10), (1, 20), (1, 21), (0, 11), (0, 12), (1, 22))
     ]
     assert choices.delivered == [[10, 11, 12], [20, 21, 22]]
 
 
-async def test_an_attempt_ends_with_the_last_choice_that_somebody_wants() -> None:
+def test_nothing_comes_of_a_choice_that_nobody_wants_any_more() -> None:
     choices = Choices(3)
     choices.close(2)
     given = []
-    events = [OutputToken(index, index, None, choice) for index in range(5) for choice in range(3)]
-    async for [token] in in_index_order(arriving(events), [0, 1, 2], choices):
-        given.append((token.choice, token.index))
-        if token.index == 1 + token.choice:
-            choices.close(token.choice)
+    order = IndexOrder(choices)
+    for event in [OutputToken(index, index, None, choice) for index in range(5) for choice in range(3)]:
+        for token in order.of([event]):
+            given.append((token.choice, token.index))
+            if token.index == 1 + token.choice:
+                choices.close(token.choice)
     assert given == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2)]
 
 
-async def test_what_comes_in_one_burst_leaves_in_one() -> None:
-    first = PrefillResult((OutputToken(0, 50),), 3, 1.0, 2.0)
-
-    async def at_once():
-        yield [STARTED, OutputToken(1, 51), first, OutputToken(2, 52)]
-        yield [OutputToken(3, 53, "length"), OutputToken(4, 54)]
-
-    bursts = [burst async for burst in in_index_order(at_once(), [0], Choices(1))]
-    assert [tokens_of(burst) for burst in bursts] == [[0, 1, 2], [3]]
+def test_what_comes_in_one_burst_leaves_in_one() -> None:
+    first, order = PrefillResult((OutputToken(0, 50),), 3, 1.0, 2.0), IndexOrder(Choices(1))
+    assert tokens_of(order.of([STARTED, OutputToken(1, 51), first, OutputToken(2, 52)])) == [0, 1, 2]
+    assert tokens_of(order.of([OutputToken(3, 53, "length"), OutputToken(4, 54)])) == [3]
 
 
 @given(st.lists(st.integers(0, 8), max_size=40), st.integers(0, 4))
-async def test_any_arrival_gives_consecutive_tokens_without_duplicates(indices, next_index) -> None:
-    emitted = tokens_of(await ordered([OutputToken(n, n) for n in indices], next_index))
+def test_any_arrival_gives_consecutive_tokens_without_duplicates(indices, next_index) -> None:
+    emitted = tokens_of(ordered([OutputToken(n, n) for n in indices], next_index))
     assert emitted == list(range(next_index, next_index + len(emitted)))
     assert next_index + len(emitted) not in indices
 
