@@ -14,12 +14,10 @@ from services.gateway.text.tool_calls.piece import CallableTool
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def calls_grammar(calls: Sequence[str], *, begin: str, end: str, between: str, parallel: bool) -> str:
-    """One of `calls` after another, each in its marks. All are terms of the grammar; may be empty."""
-    more = f" ({between} call)*" if parallel else ""
+def call_rules(calls: Sequence[str]) -> list[str]:
+    """What `call` is: any of `calls`."""
     rules = [f"call_{n}: {call}" for n, call in enumerate(calls)]
-    choice = " | ".join(f"call_{n}" for n in range(len(calls)))
-    return "\n".join([f"start: call{more}", f"call: {begin} ({choice}) {end}", *rules, ""])
+    return ["call: " + " | ".join(f"call_{n}" for n in range(len(calls))), *rules]
 
 
 def json_call(tool: CallableTool, arguments_key: str) -> str:

@@ -3,7 +3,8 @@
 import uuid
 from collections.abc import Collection, Sequence
 
-from services.gateway.text.tool_calls.grammar_text import calls_grammar, json_call
+from services.gateway.text.tool_calls.call_grammar import CallGrammar
+from services.gateway.text.tool_calls.grammar_text import call_rules, json_call
 from services.gateway.text.tool_calls.json_call import JsonCall
 from services.gateway.text.tool_calls.marker import Marker
 from services.gateway.text.tool_calls.piece import CallableTool, Content, Piece, Written
@@ -20,11 +21,11 @@ class HermesFormat:
     def new_call_id(self) -> str:
         return new_call_id()
 
-    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> str:
-        return calls_grammar(
-            [json_call(tool, "arguments") for tool in tools],
-            begin=rf'{written(BEGIN)} "\n"',
-            end=rf'"\n" {written(END)}',
+    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> CallGrammar:
+        return CallGrammar(
+            rf'"\n" call "\n" {written(END)}',
+            call_rules([json_call(tool, "arguments") for tool in tools]),
+            begin=written(BEGIN),
             between=r'"\n"',
             parallel=parallel,
         )

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
-from services.gateway.text.tool_calls.grammar_text import calls_grammar, json_call
+from services.gateway.text.tool_calls.call_grammar import CallGrammar
+from services.gateway.text.tool_calls.grammar_text import call_rules, json_call
 from services.gateway.text.tool_calls.hermes import new_call_id
 from services.gateway.text.tool_calls.json_call import JsonCall
 from services.gateway.text.tool_calls.marker import Marker
@@ -21,9 +22,9 @@ class LlamaJsonFormat:
     def new_call_id(self) -> str:
         return new_call_id()
 
-    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> str:
-        calls = [json_call(tool, "parameters") for tool in tools]
-        return calls_grammar(calls, begin="", end="", between='"; "', parallel=parallel)
+    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> CallGrammar:
+        rules = call_rules([json_call(tool, "parameters") for tool in tools])
+        return CallGrammar("call", rules, first="{", between='"; "', parallel=parallel)
 
 
 class LlamaJsonParser:

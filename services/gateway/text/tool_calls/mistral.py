@@ -6,7 +6,8 @@ import string
 from collections.abc import Callable, Collection, Sequence
 
 from services.gateway.text.tool_calls.bracket_scan import BracketScan
-from services.gateway.text.tool_calls.grammar_text import calls_grammar, json_call, json_term, quoted
+from services.gateway.text.tool_calls.call_grammar import CallGrammar
+from services.gateway.text.tool_calls.grammar_text import call_rules, json_call, json_term, quoted
 from services.gateway.text.tool_calls.json_call import JsonCall
 from services.gateway.text.tool_calls.marker import Marker
 from services.gateway.text.tool_calls.piece import (
@@ -38,14 +39,13 @@ class MistralFormat:
     def new_call_id(self) -> str:
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(_ID_LENGTH))
 
-    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> str:
+    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> CallGrammar:
         if self._named:
             calls = [f"{quoted(tool.name)} {written(ARGS)} {json_term(tool.parameters)}" for tool in tools]
-            return calls_grammar(calls, begin=written(CALLS), end="", between="", parallel=parallel)
+            return CallGrammar("call", call_rules(calls), begin=written(CALLS), parallel=parallel)
         calls = [json_call(tool, "arguments") for tool in tools]
-        more = ' (", " call)*' if parallel else ""
-        one = calls_grammar(calls, begin="", end="", between="", parallel=False).removeprefix("start: call\n")
-        return f'start: {written(CALLS)} "[" call{more} "]"\n{one}'
+        body = '"[" call (", " call)* "]"' if parallel else '"[" call "]"'
+        return CallGrammar(body, call_rules(calls), begin=written(CALLS))
 
 
 class MistralParser:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from services.gateway.text.tool_calls.call_grammar import CallGrammar
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -66,6 +68,6 @@ class ToolFormat(Protocol):
 
     def new_call_id(self) -> str: ...
 
-    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> str:
-        """Rules of llguidance's Lark dialect; `start` is one or, if `parallel`, more calls of `tools`."""
+    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> CallGrammar:
+        """Of calls of `tools`; if `parallel`, of several."""
         ...

@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from services.gateway.text.tool_calls.bracket_scan import BracketScan
-from services.gateway.text.tool_calls.grammar_text import calls_grammar, json_term, quoted
+from services.gateway.text.tool_calls.call_grammar import CallGrammar
+from services.gateway.text.tool_calls.grammar_text import call_rules, json_term, quoted
 from services.gateway.text.tool_calls.hermes import new_call_id
 from services.gateway.text.tool_calls.json_call import as_arguments
 from services.gateway.text.tool_calls.piece import (
@@ -32,13 +33,12 @@ class PythonicFormat:
     def new_call_id(self) -> str:
         return new_call_id()
 
-    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> str:
+    def grammar(self, tools: Sequence[CallableTool], written: Written, *, parallel: bool) -> CallGrammar:
         """Values are JSON, which is Python but for three words that the parser knows."""
         calls = [f'{quoted(tool.name + "(")} arguments_{n} ")"' for n, tool in enumerate(tools)]
-        one = calls_grammar(calls, begin="", end="", between="", parallel=False).removeprefix("start: call\n")
-        more = ' (", " call)*' if parallel else ""
-        rules = [rule for n, tool in enumerate(tools) for rule in _argument_rules(f"arguments_{n}", tool)]
-        return "\n".join([f'start: "[" call{more} "]"', one.rstrip(), *rules, ""])
+        arguments = [rule for n, tool in enumerate(tools) for rule in _argument_rules(f"arguments_{n}", tool)]
+        body = '"[" call (", " call)* "]"' if parallel else '"[" call "]"'
+        return CallGrammar(body, [*call_rules(calls), *arguments], first="[")
 
 
 class PythonicParser:
