@@ -3,6 +3,7 @@
     DiptychError
     ├── BadRequest          the client's input is wrong; `param` names the field
     │   ├── UnknownModel    the client named a model that is not served
+    │   ├── UnknownResponse the client named an answer that is not kept, or not for it
     │   └── Unanswerable    what the request allows leaves its answer no next token
     ├── InvalidKey          no API key came with a request, or one that nobody has (any more)
     ├── NotAllowed          the API key is good, but not for this
@@ -55,6 +56,10 @@ class BadRequest(DiptychError):
 
 
 class UnknownModel(BadRequest):
+    pass
+
+
+class UnknownResponse(BadRequest):
     pass
 
 
@@ -180,6 +185,7 @@ class Facts:
 FACTS: dict[type[DiptychError], Facts] = {
     BadRequest: Facts(400, "INVALID_ARGUMENT", False, "bad_request"),
     UnknownModel: Facts(404, "NOT_FOUND", False, "unknown_model"),
+    UnknownResponse: Facts(404, "NOT_FOUND", False, "unknown_response"),
     Unanswerable: Facts(400, "INVALID_ARGUMENT", False, "unanswerable"),
     InvalidKey: Facts(401, "UNAUTHENTICATED", False, "invalid_api_key"),
     NotAllowed: Facts(403, "PERMISSION_DENIED", False, "not_allowed"),

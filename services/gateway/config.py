@@ -153,6 +153,14 @@ class GatewayConfig:
         default=256 << 20, metadata={"help": "of all requests in this gateway together; more get 429"}
     )
     body_timeout_s: float = field(default=60.0, metadata={"help": "bodies that take longer to come get 408"})
+    responses_ttl_s: float = field(
+        default=3600.0,
+        metadata={"help": "how long answers of /v1/responses are kept, for requests that go on from them"},
+    )
+    responses_bytes_max: int = field(
+        default=1 << 20,
+        metadata={"help": "the most that one of them, with the conversation before it, may take in Redis"},
+    )
     membership_poll_s: float = field(
         default=0.1, metadata={"help": "how often to read which workers there are"}
     )

@@ -36,6 +36,7 @@ from services.gateway.text.shown_prompt import ShownPrompt
 from services.gateway.text.stop import StopMatcher
 from services.gateway.text.tool_calls.call_stream import with_calls
 from services.gateway.workers.worker_client import WorkerClient
+from services.history.protocol import History
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
 
@@ -48,10 +49,12 @@ class Gateway:
         membership: Membership,
         index: PrefixIndex,
         workers: WorkerClient,
+        history: History,
         clock: Clock,
         locks: Locks | None = None,
     ) -> None:
         self.config, self.model, self.clock = config, model, clock
+        self.history = history
         self.metrics = GatewayMetrics()
         self.door = Door() if locks is None else LockedDoor(*locks, self.metrics, clock)
         self.view = ClusterView(membership, index, workers, clock, model.name)

@@ -28,6 +28,7 @@ from services.gateway.text.chat_renderer import ProcessRenderer
 from services.gateway.text.template_process import Limits
 from services.gateway.text.tool_calls.family import family_of
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.history.redis_history import RedisHistory
 from services.index.redis_index import RedisPrefixIndex
 from services.keys.open_keys import open_keys
 from services.keys.redis_limits import RedisLimits
@@ -60,9 +61,10 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
     with _listening_socket(config.host, config.port) as listener:
         model = await asyncio.to_thread(_load_model, config)
         membership, index = RedisMembership(config.redis), RedisPrefixIndex(config.redis)
+        history = RedisHistory(config.redis, ttl_s=config.responses_ttl_s)
         workers = GrpcWorkerClient(network)
         try:
-            gateway = Gateway(config, model, membership, index, workers, SystemClock(), locks)
+            gateway = Gateway(config, model, membership, index, workers, history, SystemClock(), locks)
             try:
                 await model.chats.renderer.start()
                 await gateway.door.open()
@@ -72,6 +74,7 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
         finally:
             await model.chats.renderer.close()
             await workers.close()
+            await history.close()
             await index.close()
             await membership.close()
 

@@ -33,6 +33,7 @@ from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.history.memory_history import MemoryHistory
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.model.files import open_model
@@ -133,7 +134,7 @@ class Rig:
         gateway = Gateway(
             GatewayConfig(route_split="always"),
             ServedModel.of(open_model(model)),
-            *(membership, index, client, clock),
+            *(membership, index, client, MemoryHistory(clock, ttl_s=3600), clock),
         )
         following = asyncio.create_task(gateway.view.follow(0.1))
         while len(gateway.view.reports) < len(WORKERS):

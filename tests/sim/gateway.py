@@ -22,6 +22,7 @@ from services.gateway.text.chat import ChatReader
 from services.gateway.text.detokenizer import TokenBytes
 from services.gateway.text.tokenizing import Tokenizing
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.history.memory_history import MemoryHistory
 from services.model.chat_template import ChatTemplate
 from services.model.tokenizer import Tokenizer
 from tests.sim.engine import VOCAB
@@ -110,6 +111,7 @@ class SimGateway:
             membership,
             index,
             self.workers,
+            MemoryHistory(world.clock, ttl_s=3600),  # type: ignore[arg-type]
             world.clock,  # type: ignore[arg-type]
         )
         self.process.start(self._follow())

@@ -21,6 +21,7 @@ from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.history.memory_history import MemoryHistory
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.wire.channel import Network, open_channel
@@ -213,7 +214,9 @@ async def in_process_cluster(
         settings = GatewayConfig(**{"route_split": "always", "seed": 1, **config})
         client, clock = GrpcWorkerClient(cluster.network("gateway")), SystemClock()
         index = MemoryPrefixIndex(clock, ttl_s=3600)
-        cluster.gateway = Gateway(settings, model, cluster.membership, index, client, clock)
+        cluster.gateway = Gateway(
+            settings, model, cluster.membership, index, client, MemoryHistory(clock, ttl_s=3600), clock
+        )
         await cluster.gateway.view.refresh()
         following = asyncio.create_task(cluster.gateway.view.follow(POLL_S))
         cluster.http = await stack.enter_async_context(over_network(build_app(cluster.gateway)))

@@ -24,6 +24,7 @@ from services.gateway.config import GatewayConfig
 from services.gateway.gateway import Gateway
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
+from services.history.memory_history import MemoryHistory
 from services.index.protocol import PrefixIndex
 from services.membership.protocol import Membership
 from services.worker.config import WorkerConfig
@@ -93,7 +94,8 @@ class WholeCluster:
         """One that has just started and knows all workers."""
         client, index, membership = GrpcWorkerClient(), self._stores.index(), self._stores.membership()
         settings = GatewayConfig(**{"route_split": "always", "seed": 1, **config})
-        gateway = Gateway(settings, model, membership, index, client, self._clock)
+        history = MemoryHistory(self._clock, ttl_s=3600)
+        gateway = Gateway(settings, model, membership, index, client, history, self._clock)
         self.gateways.append(gateway)
         following = asyncio.create_task(gateway.view.follow(POLL_S))
         try:

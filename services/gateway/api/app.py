@@ -24,6 +24,7 @@ from services.gateway.api.responses import (
     RouteAnswer,
     Version,
 )
+from services.gateway.api.responses_api.routes import add_responses
 from services.gateway.api.schema import (
     AnyRequest,
     ChatCompletionRequest,
@@ -43,7 +44,11 @@ from services.gateway.door.door import LockedDoor
 from services.gateway.gateway import Gateway
 from services.gateway.path.record import Record
 
-ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
+ENDPOINTS = {
+    "/v1/chat/completions": "chat_completions",
+    "/v1/completions": "completions",
+    "/v1/responses": "responses",
+}
 
 # For the OpenAPI page; the header is read in services/gateway/door/door.py.
 _KEY = Security(
@@ -62,6 +67,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(Edge, clock=gateway.clock, door=gateway.door, body_limits=_body_limits(gateway.config))
     install_error_handlers(app, gateway.metrics, ENDPOINTS)
     _add_generation(app, gateway)
+    add_responses(app, gateway, key=_KEY)
     _add_explanation(app, gateway)
     _add_tokenization(app, gateway)
     _add_models(app, gateway)
@@ -89,12 +95,9 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _choices(gateway: Gateway, endpoint: str, body: GenerationRequest, http: Request) -> Exchange:
-    record = _record(gateway, endpoint, http, keeps_routes=body.explain is True)
+    received_at, keeps_routes = http.state.received_at, body.explain is True
+    record = Record(endpoint, gateway.clock, gateway.metrics, received_at, keeps_routes=keeps_routes)
     return Exchange(gateway, ChoicesReply(body, gateway.prompts, record, http.state.request_id), http)
-
-
-def _record(gateway: Gateway, endpoint: str, http: Request, *, keeps_routes: bool = False) -> Record:
-    return Record(endpoint, gateway.clock, gateway.metrics, http.state.received_at, keeps_routes=keeps_routes)
 
 
 def _add_explanation(app: FastAPI, gateway: Gateway) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from services.gateway.api.responses import ChatCompletionChunk, Completion, ErrorBody
+from services.gateway.api.responses_api.response import ResponseEvent
 
 _RETRY_AFTER = {"description": "seconds", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
 _ERRORS: dict[int, str] = {
@@ -28,7 +29,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _ERRORS.items()
 }
 ERRORS[429]["headers"] = {"Retry-After": _RETRY_AFTER}
-_CHUNKS = (ChatCompletionChunk, Completion)
+_CHUNKS = (ChatCompletionChunk, Completion, ResponseEvent)
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")  # with its 422; ours are 400
 
 

@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from services.core.errors import (
     BadRequest,
@@ -37,12 +39,14 @@ def install_error_handlers(app: FastAPI, metrics: GatewayMetrics, endpoints: dic
         assert isinstance(error, RequestValidationError)
         if request.url.path in endpoints:
             metrics.requests.labels(endpoints[request.url.path], facts(BadRequest("")).label).inc()
-        return error_response(400, error_body(_first_problem(error)))
+        problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]  # all in the body
+        return error_response(400, error_body(first_problem(problems, error.body)))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return error_response(error.status_code, _body(message, error.status_code), dict(error.headers or {}))
+        headers = {**(error.headers or {}), **_allowed(request, error.status_code)}
+        return error_response(error.status_code, _body(message, error.status_code), headers)
 
     async def on_bug(request: Request, error: Exception) -> Response:
         return error_response(500, _body(INTERNAL, 500))
@@ -51,6 +55,15 @@ def install_error_handlers(app: FastAPI, metrics: GatewayMetrics, endpoints: dic
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
+
+
+def _allowed(request: Request, status: int) -> dict[str, str]:
+    """The methods of a path, of which the framework names those of the first route only."""
+    if status != 405:
+        return {}
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
+    return {"Allow": ", ".join(sorted(methods))}
 
 
 def error_body(error: DiptychError) -> ErrorBody:
@@ -101,15 +114,14 @@ def _headers(error: DiptychError) -> dict[str, str]:
     return {}
 
 
-def _first_problem(invalid: RequestValidationError) -> BadRequest:
-    """The first problem of a request that does not fit the schema, in words."""
-    problems = invalid.errors()
+def first_problem(problems: Sequence[Any], body: object) -> BadRequest:
+    """The first problem, of those that pydantic found, of a body that does not fit its schema; in words."""
     if problems[0]["type"] == "json_invalid":
         reason = problems[0].get("ctx", {}).get("error", problems[0]["msg"])
         return BadRequest(f"The body is not valid JSON: {reason}.")
     # Of a field that may have one of several types, the problem found deepest is the one that was meant.
-    of_first_field = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
-    paths = [_path(problem["loc"][1:], invalid.body) for problem in of_first_field]
+    of_first_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    paths = [_path(problem, body) for problem in of_first_field]
     path, problem = max(zip(paths, of_first_field, strict=True), key=lambda located: len(located[0]))
     if not path:
         return BadRequest("The body must be a JSON object, sent with Content-Type: application/json.")
@@ -117,21 +129,23 @@ def _first_problem(invalid: RequestValidationError) -> BadRequest:
     return BadRequest(f"{param}: {problem['msg']}", param)
 
 
-def _path(location: Sequence[str | int], body: object) -> list[str | int]:
+def _path(problem: Any, body: object) -> list[str | int]:
     """The keys and indices that lead to the problem in the body.
 
     Pydantic's location also names the alternatives of a union; they are not in the body and left out.
     """
     path: list[str | int] = []
-    for key in location:
+    for depth, key in enumerate(problem["loc"], start=1):
         if isinstance(key, str) and key.startswith("("):  # the tag of an alternative; no field is named so
             continue
         if isinstance(key, int) and isinstance(body, list):
             path.append(key)
             body = body[key] if key < len(body) else None
         elif isinstance(key, str) and isinstance(body, dict):
-            path.append(key)
-            body = body.get(key)
+            missing = problem["type"] == "missing" and depth == len(problem["loc"])
+            if key in body or missing:
+                path.append(key)
+                body = body.get(key)
     return path
 
 

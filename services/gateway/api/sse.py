@@ -23,7 +23,13 @@ class EventStream:
 
     async def event(self, *data: str) -> None:
         """Send an event, or several together; the data of each is JSON in one line."""
-        body = "".join([f"data: {one}\n\n" for one in data])
+        await self._send_text("".join([f"data: {one}\n\n" for one in data]))
+
+    async def named(self, *events: tuple[str, str]) -> None:
+        """The same for events that have a name before their data."""
+        await self._send_text("".join([f"event: {name}\ndata: {data}\n\n" for name, data in events]))
+
+    async def _send_text(self, body: str) -> None:
         if not body.isascii():
             body = body.translate(_LINE_ENDS)
         if not self.started:

@@ -14,6 +14,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.http_server import Server, server_config
 from services.gateway.served_model import ServedModel
 from services.gateway.workers.memory_worker_client import MemoryWorkerClient
+from services.history.memory_history import MemoryHistory
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from tests.unit.gateway.scripted_worker_server import report
@@ -43,7 +44,9 @@ class InMemoryCluster:
         self.answer_ids = [*model.tokenizer.encode(answer, add_special_tokens=False), end]
         self.answers: dict[tuple[int, ...], list[int]] = {}  # by prompt, where it has one of its own
         self.workers = MemoryWorkerClient(lambda prompt: self.answers.get(tuple(prompt), self.answer_ids))
-        self.gateway = Gateway(config, model, self.membership, self.index, self.workers, self.clock, locks)
+        self.history = MemoryHistory(self.clock, ttl_s=config.responses_ttl_s)
+        stores = (self.membership, self.index, self.workers, self.history)
+        self.gateway = Gateway(config, model, *stores, self.clock, locks)
         self.url = ""
 
     @asynccontextmanager

@@ -111,7 +111,8 @@ async def test_every_route_wants_a_key_but_those_of_machines_and_documents(start
     cluster = await start_cluster(locks=keys.locks)
     documented = (await cluster.http.get("/openapi.json")).json()["paths"]
     paths = {*documented, *OPEN_PATHS, "/v1/cluster", "/nothing", "/health/", "//v1/models"}
-    asked = {path: (await cluster.http.get(path.format(model_id=MODEL))).status_code for path in paths}
+    named = {path: path.format(model_id=MODEL, response_id="resp_1") for path in paths}
+    asked = {path: (await cluster.http.get(url)).status_code for path, url in named.items()}
     assert {path for path, status in asked.items() if status != 401} == set(OPEN_PATHS)
     assert (await cluster.http.get("/v1/models", headers=headers)).status_code == 200
     assert (await cluster.http.get("/v1/cluster", headers=headers)).status_code == 200

@@ -1,0 +1,84 @@
+"""Answers that later requests can go on from: what of them is kept, and whose they are."""
+
+import logging
+import re
+
+import msgspec
+from pydantic import TypeAdapter
+
+from services.core.errors import BadRequest, StoreUnavailable, UnknownResponse
+from services.gateway.api.responses_api.request import Item
+from services.gateway.api.responses_api.response import ResponseObject
+from services.gateway.door.tenant import Tenant
+from services.history.protocol import History
+
+logger = logging.getLogger(__name__)
+
+_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
+_OURS = re.compile(r"resp_[0-9a-f]{32}")
+
+
+class Kept(msgspec.Struct):
+    response: msgspec.Raw  # as the client got it
+    conversation: msgspec.Raw  # items: all that was said up to and with the answer
+
+
+class KeptResponses:
+    """`bytes_max` bounds one answer with the conversation before it; a larger one is not kept."""
+
+    def __init__(self, history: History, bytes_max: int) -> None:
+        self._history, self._bytes_max = history, bytes_max
+
+    async def conversation(self, tenant: Tenant, response_id: str) -> list[Item]:
+        """Up to and with that answer. Raises BadRequest or StoreUnavailable."""
+        kept = await self._get(tenant, response_id)
+        if kept is None:
+            raise BadRequest(
+                f"Previous response with id '{response_id:.100}' not found.",
+                "previous_response_id",
+                "previous_response_not_found",
+            )
+        return _ITEMS.validate_json(bytes(kept.conversation))
+
+    async def response(self, tenant: Tenant, response_id: str) -> bytes:
+        """As JSON. Raises UnknownResponse or StoreUnavailable."""
+        kept = await self._get(tenant, response_id)
+        if kept is None:
+            raise _unknown(response_id)
+        return bytes(kept.response)
+
+    async def delete(self, tenant: Tenant, response_id: str) -> None:
+        """Raises UnknownResponse or StoreUnavailable."""
+        known = _OURS.fullmatch(response_id)
+        if not known or not await self._history.delete(_owner(tenant), response_id):
+            raise _unknown(response_id)
+
+    async def keep(self, tenant: Tenant, response: ResponseObject, before: list[Item]) -> None:
+        """Keep it, or say in it that it is not kept: its client has its answer in any case."""
+        said = _ITEMS.dump_python(before, exclude_none=True, by_alias=True)
+        output = [item.model_dump(exclude={"status"}) for item in response.output]
+        conversation = msgspec.Raw(msgspec.json.encode([*said, *output]))
+        kept = Kept(msgspec.Raw(response.model_dump_json().encode()), conversation)
+        document = msgspec.json.encode(kept)
+        try:
+            if len(document) > self._bytes_max:
+                raise StoreUnavailable(f"it has {len(document)} bytes, and {self._bytes_max} are allowed")
+            await self._history.put(_owner(tenant), response.id, document)
+        except StoreUnavailable as error:
+            logger.warning("the answer %s is not kept: %s", response.id, error.message)
+            response.store = False
+
+    async def _get(self, tenant: Tenant, response_id: str) -> Kept | None:
+        if not _OURS.fullmatch(response_id):
+            return None
+        document = await self._history.get(_owner(tenant), response_id)
+        return None if document is None else msgspec.json.decode(document, type=Kept)
+
+
+def _owner(tenant: Tenant) -> str:
+    """A digest that nobody else has, of those without a key together."""
+    return tenant.salt("kept responses", "key")
+
+
+def _unknown(response_id: str) -> UnknownResponse:
+    return UnknownResponse(f"Response with id '{response_id:.100}' not found.", "response_id")
