@@ -152,7 +152,6 @@ class GatewayConfig:
     bodies_bytes_max: int = field(
         default=256 << 20, metadata={"help": "of all requests in this gateway together; more get 429"}
     )
-    body_timeout_s: float = field(default=60.0, metadata={"help": "bodies that take longer to come get 408"})
     responses_ttl_s: float = field(
         default=3600.0,
         metadata={"help": "how long answers of /v1/responses are kept, for requests that go on from them"},

@@ -40,6 +40,9 @@ class GatewayMetrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with a first token")
         self.cached_tokens = self._counter("cached_tokens", "Prompt tokens found in a prefix cache")
         self.inflight = Gauge("diptych_gateway_inflight", "Requests now in the gateway", registry=registry)
+        self.body_bytes = Gauge(
+            "diptych_gateway_body_bytes", "Of the bodies of requests now in the gateway", registry=registry
+        )
         self.ready = Gauge(
             "diptych_gateway_ready", "1 while new requests should come here", registry=registry
         )

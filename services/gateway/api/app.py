@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
 from services.core.errors import BadRequest, UnknownModel
-from services.gateway.api.body import BodyLimits
+from services.gateway.api.body import Bodies
 from services.gateway.api.document import ERRORS, DocumentedApp, streamed
 from services.gateway.api.edge import Edge
 from services.gateway.api.exchange import Exchange
@@ -39,7 +39,6 @@ from services.gateway.api.tokenization import (
     Tokenized,
     TokenizeRequest,
 )
-from services.gateway.config import GatewayConfig
 from services.gateway.door.door import LockedDoor
 from services.gateway.gateway import Gateway
 from services.gateway.path.record import Record
@@ -64,7 +63,9 @@ _KEY = Security(
 def build_app(gateway: Gateway) -> FastAPI:
     app = DocumentedApp(title="Diptych", description="OpenAI's API over a disaggregated LLM cluster")
     app.keys_optional = not isinstance(gateway.door, LockedDoor)
-    app.add_middleware(Edge, clock=gateway.clock, door=gateway.door, body_limits=_body_limits(gateway.config))
+    bodies = Bodies(gateway.config.body_bytes_max, gateway.config.bodies_bytes_max)
+    gateway.metrics.body_bytes.set_function(lambda: bodies.bytes)
+    app.add_middleware(Edge, clock=gateway.clock, door=gateway.door, bodies=bodies)
     install_error_handlers(app, gateway.metrics, ENDPOINTS)
     _add_generation(app, gateway)
     add_responses(app, gateway, key=_KEY)
@@ -176,7 +177,3 @@ def _add_operation(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _body_limits(config: GatewayConfig) -> BodyLimits:
-    return BodyLimits(config.body_bytes_max, config.bodies_bytes_max, config.body_timeout_s)

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.core.clock import Clock
 from services.core.errors import DiptychError
-from services.gateway.api.body import Bodies, BodyLimits
+from services.gateway.api.body import Bodies, Body
 from services.gateway.api.http_errors import diptych_error_response
 from services.gateway.door.door import Door
 from services.gateway.door.visits import Visit
@@ -25,9 +25,8 @@ class Edge:
     - `visit`: whose it is, and what it uses of the limits.
     """
 
-    def __init__(self, app: ASGIApp, clock: Clock, door: Door, body_limits: BodyLimits) -> None:
-        self._app, self._clock, self._door = app, clock, door
-        self._bodies = Bodies(body_limits)
+    def __init__(self, app: ASGIApp, clock: Clock, door: Door, bodies: Bodies) -> None:
+        self._app, self._clock, self._door, self._bodies = app, clock, door, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +37,8 @@ class Edge:
         state["request_id"] = request_id
         state["client_request_id"] = _client_request_id(scope) or request_id
         state["received_at"] = self._clock.now()
-        send = _with_headers(send, state)
+        body = self._bodies.open(scope, receive)
+        send = _with_headers(send, state, body)
         try:
             visit = self._door.visit(scope["method"], scope["path"], Headers(scope=scope), request_id)
             state["visit"] = visit
@@ -46,7 +46,6 @@ class Edge:
         except DiptychError as error:  # the body stays unread
             await diptych_error_response(error)(scope, receive, send)
             return
-        body = self._bodies.open(scope, receive)
         try:
             await self._app(scope, body.receive, send)
         finally:
@@ -54,8 +53,8 @@ class Edge:
             self._door.leave(visit)
 
 
-def _with_headers(send: Send, state: dict[str, object]) -> Send:
-    """The request's id, and what is left of its key's limits."""
+def _with_headers(send: Send, state: dict[str, object], body: Body) -> Send:
+    """The request's id, what is left of its key's limits, and whether more is wanted of its body."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -63,6 +62,8 @@ def _with_headers(send: Send, state: dict[str, object]) -> Send:
             headers[REQUEST_ID_HEADER] = str(state["client_request_id"])
             if isinstance(visit, Visit):
                 headers.update(visit.headers)
+            if body.has_no_end:
+                headers["Connection"] = "close"
         await send(message)
 
     return send_with_headers

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from services.core.clock import SystemClock
-from services.gateway.api.body import BodyLimits
+from services.gateway.api.body import Bodies
 from services.gateway.api.edge import Edge
 from services.gateway.door.door import Door
 
@@ -18,7 +18,7 @@ async def shows_its_ids(scope, receive, send) -> None:
 
 @pytest.fixture
 async def http():
-    transport = httpx.ASGITransport(Edge(shows_its_ids, SystemClock(), Door(), BodyLimits(1000, 10_000, 60)))
+    transport = httpx.ASGITransport(Edge(shows_its_ids, SystemClock(), Door(), Bodies(1000, 10_000)))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         yield client
 

@@ -11,6 +11,8 @@ from starlette.datastructures import Headers
 
 from services.core.clock import ManualClock, SystemClock
 from services.core.errors import InvalidKey
+from services.gateway.api.body import Bodies
+from services.gateway.api.edge import Edge
 from services.gateway.door.door import OPEN_PATHS, LockedDoor, Locks
 from services.gateway.key_metrics import KEY_NAMES_MAX, OTHER_KEYS
 from services.gateway.metrics import GatewayMetrics
@@ -126,9 +128,6 @@ async def test_what_the_cluster_looks_like_is_for_administrators(start_cluster, 
 
 
 async def test_a_body_without_a_key_is_never_read(keys) -> None:
-    from services.gateway.api.body import BodyLimits
-    from services.gateway.api.edge import Edge
-
     async def app(scope, receive, send):
         raise AssertionError("it came in")
 
@@ -142,7 +141,7 @@ async def test_a_body_without_a_key_is_never_read(keys) -> None:
 
     door = LockedDoor(keys.store, keys.limits, GatewayMetrics(), SystemClock())
     await door.open()
-    edge = Edge(app, SystemClock(), door, BodyLimits(1 << 20, 1 << 20, 1.0))
+    edge = Edge(app, SystemClock(), door, Bodies(1 << 20, 1 << 20))
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     await edge(scope, receive, send)
     assert sent[0]["status"] == 401
