@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from services.core.errors import BadRequest, DiptychError
+from services.launch.api_key import add_api_key_flag
 from services.launch.cluster_state import read_state
 from services.launch.https import add_ca_flag, trusting, trusting_only
 from services.launch.openai_client import Message, OpenAiClient, text_of
@@ -32,12 +33,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="0: the likeliest answer, 1: a drawn one (default: 0)",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    add_api_key_flag(parser)
     add_ca_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with OpenAiClient(api_url(arguments.url), verify=trust(arguments)) as client:
+    with OpenAiClient(api_url(arguments.url), api_key=arguments.api_key, verify=trust(arguments)) as client:
         model = arguments.model or client.served_model()
         parameters: dict[str, Any] = {"model": model, "temperature": arguments.temperature}
         if arguments.max_tokens:

@@ -49,6 +49,8 @@ class ClusterPlan:
     config: Path | None = None
     route_split: str = ""  # empty: the gateway's own setting
     policy: str = ""  # the same
+    keys: str = ""  # the same, and of the next one
+    open: bool = False
     lock: ClusterLock = field(default_factory=ClusterLock)
     tls_cert: Path | None = None  # of the gateway, whose settings have it: it speaks https
 
@@ -158,6 +160,8 @@ class LocalCluster:
         flags = ["--host", self._plan.host, "--port", str(self._plan.port), *self._common_flags()]
         flags += ["--route-split", self._plan.route_split] if self._plan.route_split else []
         flags += ["--policy", self._plan.policy] if self._plan.policy else []
+        flags += ["--keys", self._plan.keys] if self._plan.keys else []
+        flags += ["--open"] if self._plan.open else []
         return ChildSpec(
             "gateway", diptych("gateway", *flags), self._environment("gateway"), self._log("gateway")
         )

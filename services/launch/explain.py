@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from services.launch.api_key import add_api_key_flag
 from services.launch.chat import DEFAULT_URL, api_url, piped, trust
 from services.launch.https import add_ca_flag
 from services.launch.openai_client import OpenAiClient
@@ -35,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--system", metavar="TEXT", help="a system message before it (with --chat)")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="the answer's length at most")
     parser.add_argument("--cache-salt", metavar="SALT", help="as in requests: whose cached prompts count")
-    parser.add_argument("--api-key", metavar="KEY", help="the same")
+    add_api_key_flag(parser)
     parser.add_argument("--url", help=f"the API (default: the cluster of `diptych up`, or {DEFAULT_URL})")
     parser.add_argument("--json", action="store_true", help="print the gateway's answer as it is")
     add_ca_flag(parser)

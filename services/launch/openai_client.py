@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from services.core.errors import BadRequest, NoWorker, Overloaded, WorkerLost
+from services.launch.api_key import authorization
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 Message = dict[str, str]  # role and content
@@ -34,7 +35,7 @@ class OpenAiClient:
         loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
         # An answer may take as long as it takes. A proxy from the environment cannot reach loopback.
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        headers = authorization(api_key)
         self._http = httpx.Client(
             timeout=timeout, trust_env=not loopback, transport=transport, headers=headers, verify=verify
         )

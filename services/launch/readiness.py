@@ -43,22 +43,24 @@ class GatewayReadiness:
         self._verify = verify
 
     async def __call__(self) -> bool:
-        return await self._get("/health/ready") is not None
+        answered = await self._get("/health/ready")
+        return answered is not None and answered.status_code == httpx.codes.OK
 
     async def knows(self, worker_ids: set[str]) -> bool:
-        """Whether its snapshot has all these workers: it looks at membership a few times a second."""
+        """Whether its snapshot has all these workers: it looks at membership a few times a second. One that
+        tells only holders of an API key is not asked further."""
         answered = await self._get("/v1/cluster")
-        known = {report["worker_id"] for report in answered.json()} if answered else set()
-        return worker_ids <= known
+        if answered is None or answered.status_code != httpx.codes.OK:
+            return answered is not None and answered.status_code == httpx.codes.UNAUTHORIZED
+        return worker_ids <= {report["worker_id"] for report in answered.json()}
 
     async def _get(self, path: str) -> httpx.Response | None:
-        """None unless the answer is 200."""
+        """None if there is no answer."""
         # The gateway runs on this machine: a proxy from the environment must not be asked.
         async with httpx.AsyncClient(
             trust_env=False, timeout=PROBE_TIMEOUT_SECONDS, verify=self._verify
         ) as client:
             try:
-                answered = await client.get(self._root_url + path)
+                return await client.get(self._root_url + path)
             except httpx.HTTPError:
                 return None
-            return answered if answered.status_code == httpx.codes.OK else None

@@ -9,6 +9,7 @@ from typing import get_args
 from router.state import Policy
 from services.core.config import load_config
 from services.gateway.config import GatewayConfig
+from services.gateway.door.exposure import check_exposure
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.cluster_state import ClusterState, remove_state, write_state
 from services.launch.cores import threads_per_worker, usable_cores
@@ -45,6 +46,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--policy", default="", choices=get_args(Policy), help="how the gateway routes (default: cost)"
     )
     parser.add_argument(
+        "--keys", default="", metavar="STORE", help="API keys that are let in: file:PATH (see `diptych keys`)"
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="without API keys, listen to other machines all the same"
+    )
+    parser.add_argument(
         "--config", type=Path, help="TOML file with [gateway], [worker] and [cluster] settings"
     )
     parser.add_argument(
@@ -55,6 +62,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     display = Display()
+    settings = gateway_settings(arguments)
+    check_exposure(settings)
     chosen_port = claim_port(arguments.host, arguments.port)
     plan = ClusterPlan(
         prefill=arguments.prefill,
@@ -71,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
         config=arguments.config,
         policy=arguments.policy,
         lock=lock_of_its_own(load_lock(arguments)),
-        tls_cert=gateway_settings(arguments.config).tls_cert,
+        keys=arguments.keys,
+        open=arguments.open,
+        tls_cert=settings.tls_cert,
     )
     display.line(describe_threads(plan, usable_cores()))
     try:
@@ -101,9 +112,12 @@ async def serve(plan: ClusterPlan, display: Display) -> None:
         await cluster.stop()
 
 
-def gateway_settings(file: Path | None) -> GatewayConfig:
-    """What the gateway will read by itself. Raises ConfigError."""
-    return load_config(GatewayConfig, "gateway", file=file, environ=os.environ, flags={})
+def gateway_settings(arguments: argparse.Namespace) -> GatewayConfig:
+    """What the gateway will read by itself, and from us. Raises ConfigError."""
+    flags: dict[str, object] = {"host": arguments.host}
+    flags |= {"keys": arguments.keys} if arguments.keys else {}
+    flags |= {"open": True} if arguments.open else {}
+    return load_config(GatewayConfig, "gateway", file=arguments.config, environ=os.environ, flags=flags)
 
 
 def describe_threads(plan: ClusterPlan, cores: int) -> str:

@@ -35,8 +35,8 @@ class Body:
 
     @property
     def has_no_end(self) -> bool:
-        """Whether the rest of it is not worth receiving. That of a body which nobody wants, but which could be
-        one, is received and thrown away (0.4 ms a megabyte): not all clients read an answer before a reset."""
+        """Whether the rest of it is not worth receiving. A body that is not wanted, but might have been, is
+        received and thrown away (0.4 ms a megabyte): not all clients read an answer before a reset."""
         return not self._whole and (self._endless or self._declared > self._all.each_bytes_max)
 
     async def receive(self) -> Message:

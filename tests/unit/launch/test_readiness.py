@@ -59,11 +59,12 @@ async def test_nothing_is_ready_while_the_store_is_away() -> None:
 
 class Health(BaseHTTPRequestHandler):
     status = 503
+    cluster_status = 200
 
     workers: tuple[str, ...] = ()
 
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/v1/cluster" else self.status)
+        self.send_response(self.cluster_status if self.path == "/v1/cluster" else self.status)
         self.end_headers()
         if self.path == "/v1/cluster":
             self.wfile.write(json.dumps([{"worker_id": name} for name in self.workers]).encode())
@@ -95,6 +96,14 @@ async def test_a_gateway_knows_the_workers_that_it_lists(server: HTTPServer) -> 
     assert await readiness.knows({"decode-0"})
     assert not await readiness.knows({"decode-0", "prefill-0"})
     assert not await GatewayReadiness("http://127.0.0.1:1").knows({"decode-0"})
+
+
+async def test_a_gateway_that_wants_an_api_key_is_not_asked_whom_it_knows(server: HTTPServer) -> None:
+    readiness = GatewayReadiness(f"http://127.0.0.1:{server.server_port}")
+    server.RequestHandlerClass.cluster_status = 500  # type: ignore[attr-defined]
+    assert not await readiness.knows({"decode-0"})
+    server.RequestHandlerClass.cluster_status = 401  # type: ignore[attr-defined]
+    assert await readiness.knows({"decode-0"})
 
 
 async def test_a_gateway_that_does_not_listen_is_not_ready() -> None:
