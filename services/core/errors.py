@@ -64,7 +64,8 @@ class UnknownResponse(BadRequest):
 
 
 class Unanswerable(BadRequest):
-    pass
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="unanswerable")
 
 
 class InvalidKey(DiptychError):

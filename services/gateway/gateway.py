@@ -31,6 +31,7 @@ from services.gateway.path.record import Record
 from services.gateway.served_model import ServedModel
 from services.gateway.text.answer import AnswerText, NoAnswer, ScoredText, TextDelta, TokenText, answer
 from services.gateway.text.detokenizer import Detokenizer
+from services.gateway.text.grammars import Grammars, LocalTrial
 from services.gateway.text.prompt import PromptReader
 from services.gateway.text.shown_prompt import ShownPrompt
 from services.gateway.text.stop import StopMatcher
@@ -52,6 +53,7 @@ class Gateway:
         history: History,
         clock: Clock,
         locks: Locks | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.config, self.model, self.clock = config, model, clock
         self.history = history
@@ -60,6 +62,7 @@ class Gateway:
         self.view = ClusterView(membership, index, workers, clock, model.name)
         self.draining = False
         self._rng = random.Random(config.seed or None)
+        self.grammars = grammars or Grammars(LocalTrial(model.tokenizer))
         self.prompts = PromptReader(
             model,
             lambda: self.view.context_tokens_max(model.context_tokens_max),
@@ -68,6 +71,7 @@ class Gateway:
             config.cache_sharing,
             config.answers_max,
             config.strict,
+            self.grammars,
         )
         options = RouteOptions(policy=config.policy, split=config.route_split, fetch=config.prefix_fetch)
         places = Places(self.view, options, _place_limits(config), clock, self._rng)
@@ -152,14 +156,17 @@ class Gateway:
             kept=generation.kept_tokens,
         )
         stops = StopMatcher(generation.stop, include=generation.shows_stop)
-        min_tokens = generation.sampling.min_tokens
-        if generation.sampling.top_logprobs is None:
-            return AnswerText(detokenizer, stops, min_tokens, shows_end=generation.shows_stop)
+        sampling = generation.sampling
+        min_tokens = sampling.min_tokens
+        ends = frozenset(sampling.end_token_ids) if sampling.grammar else None
+        if sampling.top_logprobs is None:
+            return AnswerText(detokenizer, stops, min_tokens, shows_end=generation.shows_stop, ends=ends)
         return ScoredText(
             detokenizer,
             stops,
             min_tokens,
             shows_end=generation.shows_stop,
+            ends=ends,
             begin=len(generation.echo or ""),
         )
 

@@ -25,6 +25,7 @@ from services.gateway.https import HttpsContext, open_https
 from services.gateway.served_model import ServedModel
 from services.gateway.text.chat import ChatReader
 from services.gateway.text.chat_renderer import ProcessRenderer
+from services.gateway.text.grammars import Grammars, ProcessTrial
 from services.gateway.text.template_process import Limits
 from services.gateway.text.tool_calls.family import family_of
 from services.gateway.workers.grpc_worker_client import GrpcWorkerClient
@@ -62,9 +63,11 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
         model = await asyncio.to_thread(_load_model, config)
         membership, index = RedisMembership(config.redis), RedisPrefixIndex(config.redis)
         history = RedisHistory(config.redis, ttl_s=config.responses_ttl_s)
-        workers = GrpcWorkerClient(network)
+        workers, grammars = GrpcWorkerClient(network), Grammars(ProcessTrial(model.tokenizer))
         try:
-            gateway = Gateway(config, model, membership, index, workers, history, SystemClock(), locks)
+            gateway = Gateway(
+                config, model, membership, index, workers, history, SystemClock(), locks, grammars
+            )
             try:
                 await model.chats.renderer.start()
                 await gateway.door.open()
@@ -73,6 +76,7 @@ async def serve(config: GatewayConfig, network: Network = TCP) -> None:
                 await gateway.door.close()
         finally:
             await model.chats.renderer.close()
+            await grammars.close()
             await workers.close()
             await history.close()
             await index.close()

@@ -5,6 +5,7 @@ A grammar is a text: llguidance's Lark, or its JSON with schemas inside. The gat
 here, so that a worker can follow what a gateway has accepted.
 """
 
+import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from services.core.errors import BadRequest, ModelFileError
@@ -25,24 +26,41 @@ _LIMITS = LLParserLimits(
 )
 
 
-def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
-    """`vocab_size`: of the model, which may pad its tokenizer's. Takes a fraction of a second.
+class GrammarVocabulary(msgspec.Struct, frozen=True):
+    """What grammars need to know of a model."""
 
-    Raises ModelFileError if llguidance does not know this kind of tokenizer.
-    """
-    ends = sorted(token for token in tokenizer.end_token_ids if token < tokenizer.vocab_size)
-    size = max(vocab_size, tokenizer.vocab_size)
-    try:
-        return LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=ends or None)
-    except ValueError as error:
-        raise ModelFileError(f"answers of this model cannot follow a grammar: {error}") from None
+    tokenizer: str  # as in tokenizer.json
+    end_token_ids: list[int]
+    size: int  # of the model, which may pad its tokenizer's
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int = 0) -> "GrammarVocabulary":
+        ends = sorted(token for token in tokenizer.end_token_ids if token < tokenizer.vocab_size)
+        return cls(tokenizer.backend.to_str(), ends, max(vocab_size, tokenizer.vocab_size))
+
+    def load(self) -> LLTokenizer:
+        """Takes a fraction of a second. Raises ModelFileError if llguidance does not know the kind of
+        tokenizer."""
+        try:
+            return LLTokenizer(self.tokenizer, n_vocab=self.size, eos_token=self.end_token_ids or None)
+        except ValueError as error:
+            raise ModelFileError(f"answers of this model cannot follow a grammar: {error}") from None
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """At the grammar's beginning. Releases the GIL. Raises BadRequest with what is wrong with the grammar."""
-    if len(grammar) > GRAMMAR_CHARACTERS_MAX:
+    """At the grammar's beginning. Releases the GIL; needs a thread with STACK_BYTES.
+
+    Raises BadRequest with what is wrong with the grammar.
+    """
+    if len(grammar) > 2 * GRAMMAR_CHARACTERS_MAX:  # as its text may be quoted in JSON
         raise BadRequest(f"it has {len(grammar)} characters; at most {GRAMMAR_CHARACTERS_MAX} are allowed")
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     if matcher.is_error():
-        raise BadRequest(matcher.get_error())
+        raise BadRequest(reason(matcher))
     return matcher
+
+
+def reason(matcher: LLMatcher) -> str:
+    """Why it cannot go on, in words for the author of the grammar."""
+    error = matcher.get_error().removesuffix("\n<non-verbose/>")
+    return "no text matches it" if error in ("", "NoExtensionBias") else error

@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels import ops
 from services.core.sampling import SamplingParams
 from services.engine.runner import Sample
-from services.model.grammar import STACK_BYTES, compile_grammar
+from services.model.grammar import STACK_BYTES, compile_grammar, reason
 
 Words = NDArray[np.int32]  # [.., ceil(vocab / 32)]: bit t % 32 of word t // 32 is set if token t may come
 
@@ -175,7 +175,7 @@ class Guidance:
         nothing else may come they do, whatever forbade them."""
         assert guide.words is not None
         if guide.matcher.is_error():
-            self.failures[row] = f"the answer cannot follow its grammar: {guide.matcher.get_error()}"
+            self.failures[row] = f"the answer cannot follow its grammar: {reason(guide.matcher)}"
             return
         ends = self._grammars.end_ids()
         others = without(guide.words, ends)

@@ -22,7 +22,7 @@ from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.engine.runner import Outcome, Row, Targets
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles
-from services.model.grammar import grammar_tokenizer
+from services.model.grammar import GrammarVocabulary
 from services.model.pool_geometry import DTYPE_BYTES, PoolGeometry
 
 # Prompt tokens whose logits are in memory at once: 25 MB of them for the default model, and enough rows
@@ -74,7 +74,7 @@ class TorchRunner:
         self.pool = _pool_tensor(geometry, pool, device)
         self._decoder = _decoder(files, self.pool, threads, quantization)
         self._grammars = Grammars(
-            lambda: grammar_tokenizer(files.tokenizer(), files.config.vocab_size), threads
+            lambda: GrammarVocabulary.of(files.tokenizer(), files.config.vocab_size).load(), threads
         )
 
     def prepare(self, params: SamplingParams) -> bool:

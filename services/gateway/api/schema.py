@@ -19,6 +19,7 @@ from services.core.logprobs import TOP_LOGPROBS_MAX
 from services.gateway.admission.fair_queue import Priority
 from services.gateway.api.chat_prompt import ChatPrompt
 from services.gateway.api.fields import Body
+from services.gateway.api.structured import Structured
 from services.gateway.api.tools import Tool, ToolChoice
 from services.gateway.api.unicode_text import Text
 
@@ -26,15 +27,9 @@ from services.gateway.api.unicode_text import Text
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "logits_processors": ([],),
     "use_beam_search": (False,),
     "truncate_prompt_tokens": (),
@@ -51,7 +46,7 @@ _OF_CHATS: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
 }
-_HARMLESS = {"metadata", "store", "safety_identifier"}
+_HARMLESS = {"guided_decoding_backend", "metadata", "store", "safety_identifier"}
 _TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}  # the others are normal
 # In one request, whatever the gateway's settings.
 PROMPTS_MAX = 2048
@@ -92,7 +87,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class GenerationRequest(Body):
+class GenerationRequest(Structured):
     """What both requests share."""
 
     REFUSED, HARMLESS = UNSUPPORTED, _HARMLESS

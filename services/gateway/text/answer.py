@@ -72,7 +72,8 @@ class TokenText(Protocol):
 
 
 class AnswerText:
-    """Stop strings count from the `min_tokens`-th token on."""
+    """Stop strings count from the `min_tokens`-th token on. `ends`: the tokens that end the answer by
+    themselves; a grammar may end it with any other. None: there is no grammar."""
 
     def __init__(
         self,
@@ -81,9 +82,10 @@ class AnswerText:
         min_tokens: int,
         *,
         shows_end: bool = False,
+        ends: frozenset[int] | None = None,
     ) -> None:
         self._detokenizer, self._stops, self._min_tokens = detokenizer, stops, min_tokens
-        self._shows_end = shows_end
+        self._shows_end, self._ends = shows_end, ends
         self._token_ids: list[int] = []  # since the last delta
 
     def feed(self, token: OutputToken) -> TextDelta | None:
@@ -96,7 +98,8 @@ class AnswerText:
 
     def _decoded(self, token: OutputToken) -> str:
         """A token that ends the answer by itself (EOS, a stop token) has no text, unless that is wanted."""
-        hidden = token.finish == "stop" and not self._shows_end
+        is_end = token.finish == "stop" and (self._ends is None or token.token in self._ends)
+        hidden = is_end and not self._shows_end
         text = "" if hidden else self._detokenizer.feed(token.token)
         return text if token.finish is None else text + self._detokenizer.flush()
 
@@ -123,10 +126,11 @@ class ScoredText(AnswerText):
         min_tokens: int,
         *,
         shows_end: bool = False,
+        ends: frozenset[int] | None = None,
         begin: int = 0,
     ) -> None:
         """`begin`: characters that the choice's text has before the answer."""
-        super().__init__(detokenizer, stops, min_tokens, shows_end=shows_end)
+        super().__init__(detokenizer, stops, min_tokens, shows_end=shows_end, ends=ends)
         self._decoded_to = self._shown_to = begin
         self._waiting: deque[tuple[int, ScoredToken]] = deque()  # with the end of their text
 

@@ -20,7 +20,10 @@ from services.gateway.door.tenant import ANYBODY, CacheSharing, Tenant
 from services.gateway.path.generation import Generation
 from services.gateway.served_model import ServedModel
 from services.gateway.text.echo import check_scores, echoed
+from services.gateway.text.grammar import Asked
+from services.gateway.text.grammars import Grammars
 from services.gateway.text.token_rules import TokenRules, token_rules
+from services.gateway.text.tool_calls.tool_use import ToolUse
 
 T = TypeVar("T")
 
@@ -39,6 +42,7 @@ class PromptReader:
     cache_sharing: CacheSharing = "key"
     answers_max: int = 256
     strict: bool = False  # unknown fields are refused
+    grammars: Grammars | None = None  # None: no request gives its answer a form
 
     async def read_one(
         self, request: GenerationRequest, request_id: str, deadline: float, tenant: Tenant = ANYBODY
@@ -58,15 +62,13 @@ class PromptReader:
         self._check_answers(request)
         rules = await token_rules(request, self.model.tokenizer)
         tools = self.model.chats.tool_use(request) if isinstance(request, ChatCompletionRequest) else None
+        grammar = await self._grammar(request, tools)
         prompts = await self._prompts(request)
         limits = [self._max_tokens(request, number, len(ids)) for number, ids in enumerate(prompts)]
-        sampling = self._sampling(request, min(limits), rules)
-        if tools is not None:
-            sampling = msgspec.structs.replace(sampling, grammar=tools.grammar(self.model.written))
         whole = Generation(
             request_id=request_id,
             prompt_ids=[],
-            sampling=sampling,
+            sampling=self._sampling(request, min(limits), rules, grammar),
             deadline=deadline,
             ttft_max_s=request.ttft_max_s,
             priority=tenant.priority_for(request.priority_class),
@@ -188,7 +190,21 @@ class PromptReader:
             return self.rng.getrandbits(SEED_BITS)
         return request.seed % (1 << SEED_BITS)
 
-    def _sampling(self, request: GenerationRequest, max_tokens: int, rules: TokenRules) -> SamplingParams:
+    async def _grammar(self, request: GenerationRequest, tools: ToolUse | None) -> str:
+        """What the request says of its answer's form, or a call of a tool that it demands."""
+        asked = request.asked_grammar()
+        if tools is not None and (calls := tools.grammar(self.model.written)):
+            if asked is not None:
+                raise BadRequest(f"'tool_choice' demands a call, '{asked[1]}' something else.", "tool_choice")
+            asked = Asked("lark", calls), "tools"
+        if asked is None:
+            return ""
+        assert self.grammars is not None
+        return await self.grammars.grammar(*asked)
+
+    def _sampling(
+        self, request: GenerationRequest, max_tokens: int, rules: TokenRules, grammar: str
+    ) -> SamplingParams:
         """All but the seed."""
         if (request.min_tokens or 0) > max_tokens:
             raise BadRequest(f"'min_tokens' is above the answer's limit of {max_tokens}.", "min_tokens")
@@ -207,6 +223,7 @@ class PromptReader:
             end_token_ids=tuple(sorted(end_ids | set(stop_ids))),
             top_logprobs=request.top_logprobs_wanted,
             prompt_logprobs=request.prompt_logprobs_wanted,
+            grammar=grammar,
             **rules,
         )
 

@@ -2,8 +2,9 @@
 
 The answer of a sequence is a pure function of its prompt, as with real workers and a fixed seed: an
 attempt that resumes another one goes on with the same tokens. Choice n leaves out the first n tokens
-of the answer. `script` queues faults, each used by the next call of its kind on its worker;
-`running`, `cancelled` and `ended_choices` show what happened to the calls.
+of the answer. One that is to follow a grammar is complete at its end. `script` queues faults, each used
+by the next call of its kind on its worker; `running`, `cancelled` and `ended_choices` show what happened
+to the calls.
 """
 
 import asyncio
@@ -119,7 +120,9 @@ class MemoryWorkerClient:
         token = answer[(index + choice) % len(answer)]
         top = sequence.sampling.top_logprobs
         logprobs = None if top is None else scores_of(token, top)
-        return OutputToken(index, token, sequence.sampling.finish(token, index + 1), choice, logprobs)
+        complete = sequence.sampling.grammar and (index + choice + 1) % len(answer) == 0
+        finish = "stop" if complete else sequence.sampling.finish(token, index + 1)
+        return OutputToken(index, token, finish, choice, logprobs)
 
     def _next_fault(self, worker: WorkerReport, kind: CallKind) -> Fault | None:
         faults = self._faults[worker.worker_id, kind] or self._faults[ANY_WORKER, kind]

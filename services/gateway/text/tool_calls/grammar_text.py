@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from services.gateway.text.grammar import followable
 from services.gateway.text.tool_calls.piece import CallableTool
 
 # As models are trained to write JSON. With free blanks a small one may write nothing else any more.
@@ -27,7 +28,7 @@ def json_call(tool: CallableTool, arguments_key: str) -> str:
 
 
 def json_term(schema: dict[str, Any]) -> str:
-    return f"%json {json.dumps({'x-guidance': _SPACING, **schema})}"
+    return f"%json {json.dumps(followable(schema, **_SPACING))}"
 
 
 def quoted(text: str) -> str:
