@@ -81,8 +81,8 @@ class SequenceBounds:
     def _check_rules(self, sampling: SamplingParams) -> None:
         if max(sampling.top_logprobs or 0, sampling.prompt_logprobs or 0) > TOP_LOGPROBS_MAX:
             raise BadRequest(f"at most {TOP_LOGPROBS_MAX} logprobs for each token", "top_logprobs")
-        if not all(map(math.isfinite, sampling.logit_bias.values())):
-            raise BadRequest("a bias must be a finite number", "logit_bias")
+        if not all(abs(bias) <= _PENALTY_MAX for bias in sampling.logit_bias.values()):
+            raise BadRequest(f"a bias must be a number up to {_PENALTY_MAX:g}", "logit_bias")
         if not all(sampling.bad_words) or len(sampling.bad_words) > BAD_WORDS_MAX:
             raise BadRequest(f"bad_words must be at most {BAD_WORDS_MAX}, none of them empty", "bad_words")
         named = [*sampling.logit_bias, *sampling.allowed_token_ids, *chain.from_iterable(sampling.bad_words)]

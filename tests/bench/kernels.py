@@ -1,10 +1,12 @@
 """The C++ kernels with 8-bit weights beside torch in float32, on the shapes of the default model.
 
-    python -m tests.bench.kernels [--part linear|attention|sampling|steps|quality] [--threads N] [--rounds N]
+    python -m tests.bench.kernels [--part linear|attention|sampling|steps|logprobs|quality]
+                                  [--threads N] [--rounds N]
 
 Both sides of a line run by turns, and the line shows the best time of each: other work on the machine only
 ever adds time. Rates count the same operations for both (2 per weight and row; 4 per query, key and
-dimension). `quality` runs both models over English text that Python ships (the topics of `help()`) and
+dimension). `logprobs` has one step without and with them.
+`quality` runs both models over English text that Python ships (the topics of `help()`) and
 compares their distributions of each next token.
 """
 
@@ -28,7 +30,7 @@ from services.core.sampling import SamplingParams
 from services.engine.device.batch import TOKENS_PER_GROUP_CPU
 from services.engine.device.sampler import choose_with_kernels, choose_with_torch
 from services.engine.device.torch_runner import TorchRunner
-from services.engine.runner import Row, Sample
+from services.engine.runner import Row, Sample, Targets
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles, open_model
 from services.model.home import diptych_home
@@ -167,6 +169,31 @@ class Bench:
             fast, slow = best_times([partial(near.run, rows), partial(exact.run, rows)], self._rounds)
             print(f"{name:29s}{fast * 1e3:7.1f} ms{slow * 1e3:7.1f} ms{slow / fast:7.1f}x")
 
+    def logprobs(self) -> None:
+        scored = Sample(SamplingParams(max_tokens=1, temperature=0, top_logprobs=5), [], [])
+        targets = Targets(1, [7] * (CONTEXT - 1), 5)
+        for name, runner in zip(("int8", "float32"), self._runners(), strict=True):
+            print(
+                f"\n{f'5 logprobs each, {name}':29s}{'without':>10s}{'with':>10s}{'more':>8s}{'a token':>10s}"
+            )
+            for count in SEQUENCES:
+                tables = _tables(count)
+                sides = [
+                    [Row([5], CONTEXT - 1, table, [sample]) for table in tables]
+                    for sample in (GREEDY, scored)
+                ]
+                self._more(f"{count} decoding", runner, sides, count)
+            sides = [[Row([7] * CONTEXT, 0, _tables(1)[0], [GREEDY], asked)] for asked in (None, targets)]
+            self._more(f"prompt of {CONTEXT}", runner, sides, CONTEXT - 1)
+
+    def _more(self, name: str, runner: TorchRunner, sides: Sequence[list[Row]], tokens: int) -> None:
+        """What the second of two steps takes longer, for each of its tokens."""
+        plain, scored = best_times([partial(runner.run, rows) for rows in sides], self._rounds)
+        print(
+            f"{name:29s}{plain * 1e3:7.1f} ms{scored * 1e3:7.1f} ms{scored / plain - 1:8.0%}"
+            f"{(scored - plain) / tokens * 1e3:7.2f} ms"
+        )
+
     def quality(self, pieces: int) -> None:
         near, exact = self._runners()
         result = closeness(
@@ -228,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["linear", "attention", "sampling", "steps", "quality"])
+    parser.add_argument("--part", choices=["linear", "attention", "sampling", "steps", "logprobs", "quality"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--pieces", type=int, default=8, help=f"of {WINDOW} tokens, for the quality")
@@ -241,6 +268,7 @@ def main() -> None:
         "attention": bench.attention,
         "sampling": bench.sampling,
         "steps": bench.steps,
+        "logprobs": bench.logprobs,
         "quality": lambda: bench.quality(arguments.pieces),
     }
     for name, part in parts.items():

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from router.state import Route
 from services.gateway.api.explanation import explained
-from services.gateway.api.logprobs import Fields, ascii_json, extended
+from services.gateway.api.logprobs import Fields, array, ascii_json, extended
 from services.gateway.api.responses import (
     ChatAnswer,
     ChatChoice,
@@ -27,6 +27,8 @@ from services.gateway.api.responses import (
 )
 from services.gateway.text.answer import TextDelta
 from services.gateway.text.tool_calls.call_delta import AnswerEnd, CallDelta
+
+AnswerBody = ChatCompletion | ChatCompletionChunk | Completion
 
 
 class AnswerFormat(Protocol):
@@ -140,7 +142,7 @@ def _call_delta(call: CallDelta) -> ToolCallDelta:
 
 
 def as_json(
-    body: ChatCompletion | ChatCompletionChunk | Completion,
+    body: AnswerBody,
     token_ids: Sequence[Sequence[int]] | None = None,
     timings: Timings | list[Timings] | None = None,
     routes: Sequence[Route] | None = None,
@@ -161,7 +163,7 @@ def as_json(
         return body.model_dump_json(exclude_unset=True)
     choices = [_choice_json(*own) for own in zip(body.choices, choice_fields, strict=True)]
     plain = ascii_json(body.model_dump_json(exclude_unset=True, exclude={"choices"}))
-    return extended(plain, {"choices": f"[{','.join(choices)}]", **(body_fields or {})})
+    return extended(plain, {"choices": array(choices), **(body_fields or {})})
 
 
 def _choice_json(choice: BaseModel, more: Fields) -> str:

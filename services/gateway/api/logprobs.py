@@ -51,7 +51,7 @@ class ChatLogprobsWriter:
     async def _of_choice(self, tokens: Sequence[ScoredToken]) -> Fields:
         if self._top is None or not tokens:
             return {}
-        content = await _written(len(tokens) * (self._top + 1), lambda: ",".join(map(self._token, tokens)))
+        content = await off_loop(len(tokens) * (self._top + 1), lambda: ",".join(map(self._token, tokens)))
         return {"logprobs": f'{{"content":[{content}],"refusal":null}}'}
 
     def _token(self, token: ScoredToken) -> str:
@@ -80,7 +80,7 @@ class Columns:
 
     def _lists(self, after: "Columns") -> Iterator[str]:
         for name in self.__dataclass_fields__:
-            yield f'"{name}":[{",".join([*getattr(self, name), *getattr(after, name)])}]'
+            yield f'"{name}":{array([*getattr(self, name), *getattr(after, name)])}'
 
 
 class CompletionLogprobsWriter:
@@ -106,13 +106,13 @@ class CompletionLogprobsWriter:
         if not delta.tokens and not before.tokens:
             return {}
         count = len(delta.tokens) * (self._top + 1)
-        after = await _written(count, lambda: self._columns(delta.tokens))
-        return {"logprobs": await _written(len(before.tokens), lambda: before.joined(after))}
+        after = await off_loop(count, lambda: self._columns(delta.tokens))
+        return {"logprobs": await off_loop(len(before.tokens), lambda: before.joined(after))}
 
     async def _prompt_columns(self, prompt: ScoredPrompt, top: int) -> Columns:
         if prompt not in self._prompts:
             count = len(prompt.token_ids) * (top + 1)
-            self._prompts[prompt] = await _written(count, lambda: self._columns(self._tokens(prompt)))
+            self._prompts[prompt] = await off_loop(count, lambda: self._columns(self._tokens(prompt)))
         return self._prompts[prompt]
 
     async def _prompt_logprobs(self, delta: TextDelta) -> Fields:
@@ -175,15 +175,23 @@ async def written_prompt(prompt: ScoredPrompt, top: int, token_bytes: TokenBytes
         )
 
     def all_of_them() -> str:
-        return f"[{','.join(map(one, prompt.token_ids, _scores_of(prompt)))}]"
+        return array(list(map(one, prompt.token_ids, _scores_of(prompt))))
 
-    return await _written(len(prompt.token_ids) * (top + 1), all_of_them)
+    return await off_loop(len(prompt.token_ids) * (top + 1), all_of_them)
 
 
 def extended(json_object: str, fields: Fields) -> str:
-    """A JSON object, which is not empty, with further fields."""
-    more = [f'"{name}":{text}' for name, text in fields.items()]
-    return f"{json_object[:-1]},{','.join(more)}}}" if more else json_object
+    """A JSON object, which is not empty, with further fields. Megabytes of them are copied once."""
+    pieces = [json_object[:-1] if fields else json_object]
+    for name, text in fields.items():
+        pieces += [f',"{name}":', text]
+    return "".join([*pieces, "}"] if fields else pieces)
+
+
+def array(items: Sequence[str]) -> str:
+    """A JSON array of JSON values."""
+    pieces = [piece for item in items for piece in (",", item)]
+    return "".join(["[", *pieces[1:], "]"])
 
 
 def ascii_json(text: str) -> str:
@@ -197,7 +205,8 @@ def _scores_of(prompt: ScoredPrompt) -> Iterator[TokenLogprobs | None]:
         yield from part.tokens()
 
 
-async def _written(logprobs: int, write: Callable[[], T]) -> T:
+async def off_loop(logprobs: int, write: Callable[[], T]) -> T:
+    """Write so many of them, in a thread if they are many."""
     return await asyncio.to_thread(write) if logprobs > _AT_ONCE else write()
 
 

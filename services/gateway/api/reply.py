@@ -5,12 +5,12 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from router.state import Route
-from services.gateway.api.formats import AnswerFormat, ChatFormat, CompletionFormat, as_json
+from services.gateway.api.formats import AnswerBody, AnswerFormat, ChatFormat, CompletionFormat, as_json
 from services.gateway.api.logprobs import (
     ChatLogprobsWriter,
     CompletionLogprobsWriter,
-    Fields,
     LogprobsWriter,
+    off_loop,
 )
 from services.gateway.api.responses import ErrorBody, Timings
 from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
@@ -73,8 +73,7 @@ class ChoicesReply:
                 collected[delta.choice].append(delta)
         answers = [joined(collected[choice]) for choice in sorted(collected)]
         body = self._format.whole(answers, self.record.usage)
-        scores = await self._scores(answers)
-        return as_json(body, self._if_wanted(*answers), self._timings, self._routes, *scores)
+        return await self._json(answers, body, self._timings, self._routes)
 
     async def stream(self, deltas: Deltas, events: EventStream) -> None:
         opened: set[int] = set()
@@ -92,8 +91,7 @@ class ChoicesReply:
                 unfinished -= delta.finish is not None
                 last = not unfinished and not self._body.include_usage
                 extras = (self._timings, self._routes) if last else (None, None)
-                scores = await self._scores([delta])
-                chunks.append(as_json(self._format.chunk(delta), self._if_wanted(delta), *extras, *scores))
+                chunks.append(await self._json([delta], self._format.chunk(delta), *extras))
             await events.event(*chunks)
         if self._body.include_usage:
             usage = self._format.usage_chunk(self.record.usage)
@@ -104,14 +102,20 @@ class ChoicesReply:
         """No [DONE] follows."""
         await events.event(error.model_dump_json())
 
-    async def _scores(self, deltas: Sequence[TextDelta]) -> tuple[list[Fields] | None, Fields | None]:
-        """Logprobs, as fields of the choices and of the body."""
-        writer = self._logprobs
-        return (await writer.of_choices(deltas), await writer.of_body(deltas)) if writer else (None, None)
-
-    def _if_wanted(self, *deltas: TextDelta) -> list[tuple[int, ...]] | None:
-        """The token ids of each choice of a body."""
-        return [delta.token_ids for delta in deltas] if self._body.return_token_ids else None
+    async def _json(
+        self,
+        deltas: Sequence[TextDelta],
+        body: AnswerBody,
+        timings: Timings | list[Timings] | None,
+        routes: list[Route] | None,
+    ) -> str:
+        """The body that was made of these deltas, one of each choice, with what else the client asked for."""
+        token_ids = [delta.token_ids for delta in deltas] if self._body.return_token_ids else None
+        if self._logprobs is None:
+            return as_json(body, token_ids, timings, routes)
+        fields = await self._logprobs.of_choices(deltas), await self._logprobs.of_body(deltas)
+        count = sum(len(delta.tokens) + (len(delta.prompt) if delta.prompt else 0) for delta in deltas)
+        return await off_loop(count * 20, lambda: as_json(body, token_ids, timings, routes, *fields))
 
     @property
     def _timings(self) -> Timings | list[Timings] | None:

@@ -7,17 +7,16 @@ from services.core.errors import BadRequest
 from services.gateway.api.schema import CompletionRequest, GenerationRequest
 from services.gateway.text.detokenizer import Detokenizer, TokenBytes
 
-# Logprobs of prompts in one answer: of 8,192 tokens with 20 more each, twice. They are 60 bytes each as JSON.
-SCORES_MAX = 400_000
+# Logprobs of prompts in one answer: of 9,500 tokens with 20 more each. They are 60 bytes each as JSON.
+SCORES_MAX = 200_000
 _TOKENS_AT_ONCE = 2_000  # decoded on the event loop, in about two milliseconds
 
 
 def check_scores(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
     """Raises BadRequest if the answer would have too many logprobs of the prompts' tokens."""
-    wanted = request.prompt_logprobs_wanted
-    if wanted is None:
-        return
-    scores = sum(map(len, prompts)) * request.choices * (wanted + 1)
+    echoed_ones = request.top_logprobs_wanted if request.echoes else None
+    shown = [top + 1 for top in (request.prompt_logprobs, echoed_ones) if top is not None]
+    scores = sum(map(len, prompts)) * request.choices * sum(shown)
     if scores > SCORES_MAX:
         raise BadRequest(
             f"The prompt's tokens would have {scores} logprobs in the answer, but this server gives at most "

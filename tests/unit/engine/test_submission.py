@@ -25,6 +25,7 @@ def sequence(**params: Any) -> worker_pb2.Sequence:
         {"logit_bias": {-1: 1.0}},
         {"logit_bias": {1: float("nan")}},
         {"logit_bias": {1: float("inf")}},
+        {"logit_bias": {1: -1e39}},
         {"allowed_token_ids": (1, 100)},
         {"allowed_token_ids": (-1,)},
         {"bad_words": ((1, 100),)},
