@@ -10,7 +10,6 @@ A policy only scores: who may be offered anything was decided before (router/rou
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from router.state import Offer, Policy, RouteRequest
 
@@ -19,8 +18,9 @@ Scores = Callable[[Sequence[Offer], RouteRequest], Sequence[float]]
 
 def scored(policy: Policy, offers: Sequence[Offer], request: RouteRequest) -> list[Offer]:
     """`offers` of one part, with their scores."""
-    scores = SCORES[policy](offers, request)
-    return [replace(offer, score=score) for offer, score in zip(offers, scores, strict=True)]
+    for offer, score in zip(offers, SCORES[policy](offers, request), strict=True):
+        offer.score = score
+    return list(offers)
 
 
 def _random(offers: Sequence[Offer], request: RouteRequest) -> list[float]:

@@ -21,15 +21,17 @@ class Commitment:
     answer_tokens: int  # expected of each in all
     tokens_max: int  # that each may have
 
-    @property
-    def running(self) -> int:
-        """Sequences on the decode worker."""
-        return sum(map(self.choices.goes_on, self.served))
-
-    def growth_blocks(self, block_size: int) -> int:
-        going_on = filter(self.choices.goes_on, self.served)
-        left = (self.answer_tokens - len(self.choices.delivered[choice]) for choice in going_on)
-        return sum(-(-tokens // block_size) for tokens in left if tokens > 0)
+    def needs(self, block_size: int) -> tuple[int, int]:
+        """Sequences that go on, and the blocks that they will still need. Asked for each attempt that runs
+        whenever another one looks for a place."""
+        running = blocks = 0
+        for choice in self.served:
+            if self.choices.goes_on(choice):
+                running += 1
+                left = self.answer_tokens - self.choices.next_index(choice)
+                if left > 0:
+                    blocks += -(-left // block_size)
+        return running, blocks
 
 
 class Commitments:
@@ -59,7 +61,10 @@ class Commitments:
         """Blocks that the answers on this decode worker will still need, `running` sequences. Those of
         other gateways are taken to be halfway through."""
         size = report.compatibility.block_size
-        ours = self._open.get(report.worker_id, ())
-        others = max(0, running - sum(one.running for one in ours)) if report.decodes else 0
+        ours_running = blocks = 0
+        for commitment in self._open.get(report.worker_id, ()):
+            sequences, growth = commitment.needs(size)
+            ours_running, blocks = ours_running + sequences, blocks + growth
+        others = max(0, running - ours_running) if report.decodes else 0
         each = -(-self._lengths.expected(report.context_tokens_max) // (2 * size))
-        return sum(one.growth_blocks(size) for one in ours) + others * each
+        return blocks + others * each

@@ -280,7 +280,10 @@ class Places:
         place.held.enter_context(self.commitments.made(place.commitment))
         place.prompt = place.held.enter_context(sent)
         if self._seen is not None:
-            self._seen = self._view.worker_views()
+            changed = {offer.worker.id for offer in chosen.chosen}
+            self._seen = [
+                self._view.worker_view(seen.id) if seen.id in changed else seen for seen in self._seen
+            ]
         return place
 
     def _request(self, sequence: Sequence, excluded: Collection[Excluded]) -> RouteRequest:

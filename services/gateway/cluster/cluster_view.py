@@ -14,6 +14,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -80,6 +81,7 @@ class ClusterView:
         self._clock = clock
         self._served_model = served_model
         self._reports: dict[str, WorkerReport] = {}
+        self._reported: dict[str, WorkerView] = {}  # what they say, for the router
         self._listed_at: dict[str, float] = {}
         self._looked_at = clock.now()  # at the last list of workers
         self._heard_at: dict[str, float] = {}  # when a worker's report last changed
@@ -108,7 +110,8 @@ class ClusterView:
         for report in listed:
             self._take(report, now)
         for worker_id in [w for w, at in self._listed_at.items() if now - at > LEASE_GRACE_S]:
-            del self._reports[worker_id], self._listed_at[worker_id], self._heard_at[worker_id]
+            del self._reports[worker_id], self._reported[worker_id]
+            del self._listed_at[worker_id], self._heard_at[worker_id]
             self.in_flight.lost(worker_id)
             logger.warning("worker left the cluster", extra={"worker_id": worker_id})
         self._suspected_at = {key: at for key, at in self._suspected_at.items() if now - at < SUSPICION_S}
@@ -122,6 +125,7 @@ class ClusterView:
             self._heard_at[report.worker_id] = now
             self.in_flight.heard(report)
         self._reports[report.worker_id] = report
+        self._reported[report.worker_id] = _view_of(report)
         self._listed_at[report.worker_id] = now
 
     async def _list_workers(self) -> list[WorkerReport] | None:
@@ -176,33 +180,18 @@ class ClusterView:
 
     def worker_views(self) -> list[WorkerView]:
         """For the router: what the workers have to do now, by their reports and our own work."""
-        return [self._with_ours(report) for report in self._reports.values()]
+        return [self.worker_view(worker_id) for worker_id in self._reports]
 
-    def _with_ours(self, report: WorkerReport) -> WorkerView:
+    def worker_view(self, worker_id: str) -> WorkerView:
+        """The same of one worker."""
+        report, view = self._reports[worker_id], self._reported[worker_id]
+        if self._is_doubtful(report):
+            view = replace(view, ready=False, lends=False)
         age_s = self._clock.now() - self._heard_at[report.worker_id] + report.load_age_ms / 1e3
         if age_s > LOAD_S and not self._store_answers:
-            return self.in_flight.alone_on(self._view(_without_load(report)))
-        return self.in_flight.applied_to(self._view(report), age_s)
-
-    def _view(self, report: WorkerReport) -> WorkerView:
-        doubtful = self._is_doubtful(report)
-        return WorkerView(
-            id=report.worker_id,
-            prefills=report.prefills,
-            decodes=report.decodes,
-            ready=report.state == "ready" and not doubtful,
-            lends=report.state != "stalled" and not doubtful,
-            compatibility=msgspec.json.encode(report.compatibility.transferable).decode(),
-            queued_prefill_tokens=report.queued_prefill_tokens,
-            queued_prefill_context=report.queued_prefill_context,
-            running=report.running,
-            running_context=report.running_context,
-            waiting=report.waiting,
-            blocks_available=report.blocks_free + report.blocks_cached,
-            block_size=report.compatibility.block_size,
-            chunk_tokens=report.chunk_tokens_max,
-            model=report.model,
-        )
+            idle = _view_of(_without_load(report))
+            return self.in_flight.alone_on(replace(idle, ready=view.ready, lends=view.lends))
+        return self.in_flight.applied_to(view, age_s)
 
     def _is_doubtful(self, report: WorkerReport) -> bool:
         """Whether the worker may be stopped or dead although it is listed."""
@@ -276,6 +265,27 @@ class ClusterView:
 
     def _chain(self, token_bytes: bytes, compatibility: Compatibility, salt: str) -> list[bytes]:
         return self._chain_hashes(token_bytes, compatibility.block_size, chain_root(compatibility, salt))
+
+
+def _view_of(report: WorkerReport) -> WorkerView:
+    """What the report says, of a worker that nobody doubts."""
+    return WorkerView(
+        id=report.worker_id,
+        prefills=report.prefills,
+        decodes=report.decodes,
+        ready=report.state == "ready",
+        lends=report.state != "stalled",
+        compatibility=msgspec.json.encode(report.compatibility.transferable).decode(),
+        queued_prefill_tokens=report.queued_prefill_tokens,
+        queued_prefill_context=report.queued_prefill_context,
+        running=report.running,
+        running_context=report.running_context,
+        waiting=report.waiting,
+        blocks_available=report.blocks_free + report.blocks_cached,
+        block_size=report.compatibility.block_size,
+        chunk_tokens=report.chunk_tokens_max,
+        model=report.model,
+    )
 
 
 def _without_load(report: WorkerReport) -> WorkerReport:

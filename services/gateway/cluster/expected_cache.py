@@ -11,13 +11,15 @@ COMING counts for the worker itself: its queue is first come first served, so wh
 the blocks. It cannot lend them yet. THERE counts as cached. An attempt that ends before a part is
 THERE takes that part back.
 
-What is kept serves while Redis is away, and until the workers have published again: blocks by hash with the
-workers that got them, the least recently used first to go. A chain's last blocks are older than its first,
-so what remains of it is a prefix. Neither kind outlives a worker's incarnation: it is asked for by WorkerKey.
+What is THERE is kept as blocks by hash with the workers that got them, the least recently used first to go,
+also beyond PUBLISHED_S: it serves while Redis is away, and until the workers have published again. A chain's
+last blocks are older than its first, so what remains of it is a prefix. Nothing outlives a worker's
+incarnation: it is asked for by WorkerKey.
 """
 
+import math
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +37,8 @@ from services.gateway.workers.worker_client import OutputToken, PrefillResult, S
 PUBLISHED_S = 1.0
 # A million tokens with blocks of 16: 13 MB where each was on two workers.
 BLOCKS_KEPT = 65_536
-# Of one block: more do not make a route better, and names of workers that are gone must not pile up.
+# Of one block, of which the index knows: more do not make a route better, and names of workers that are gone
+# must not pile up.
 HOLDERS_KEPT = 8
 
 Chain = Sequence[bytes]
@@ -59,22 +62,27 @@ class _Part:
     worker: WorkerKey
     chain: Chain
     stage: Stage
-    until: float = float("inf")  # when the index knows
 
     @property
     def first(self) -> bytes:
         return self.chain[0]
 
 
+class _Holder(NamedTuple):
+    """Of a block; one object for all blocks of a part."""
+
+    worker: WorkerKey
+    until: float  # then the index knows
+
+
 class ExpectedCache:
     def __init__(self, clock: Clock, blocks_kept: int = BLOCKS_KEPT) -> None:
         self._clock = clock
         self._blocks_kept = blocks_kept
-        # By a chain's first block, which only those have that share anything with it. As many parts as
-        # running attempts have, two each, and those that ended within PUBLISHED_S.
+        # What is not THERE, by a chain's first block, which only those have that share anything with it. As
+        # many parts as running attempts have, two each at most.
         self._parts: dict[bytes, list[_Part]] = {}
-        self._published: deque[_Part] = deque()  # THERE, in the order of `until`
-        self._kept: OrderedDict[bytes, tuple[WorkerKey, ...]] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[_Holder, ...]] = OrderedDict()
 
     @contextmanager
     def noted(
@@ -82,7 +90,6 @@ class ExpectedCache:
     ) -> Iterator["Noted"]:
         """Around an attempt: who computes the chain (a prefill worker, else the decode worker), and who
         else gets it. The caller passes on the attempt's events."""
-        self._forget_published()
         computes = _part(prefill or decode, Stage.COMING)
         receives = _part(decode, Stage.NOTHING) if prefill else None
         for part in filter(None, (computes, receives)):
@@ -98,22 +105,23 @@ class ExpectedCache:
         """The worker has it all."""
         if part.stage is Stage.THERE:
             return
-        part.stage, part.until = Stage.THERE, self._clock.now() + PUBLISHED_S
-        self._published.append(part)
+        part.stage = Stage.THERE
+        self._remove(part)
         self._keep(part)
 
     def expected(self, chain: Chain, workers: Iterable[WorkerKey]) -> dict[WorkerKey, Leading]:
         """What the index cannot know yet. Workers of which nothing is expected are left out."""
-        self._forget_published()
-        asked = set(workers)
-        there: dict[WorkerKey, int] = {}
+        if not chain:
+            return {}
+        now, asked = self._clock.now(), set(workers)
+        fresh = {holder.worker for holder in self._kept.get(chain[0], ()) if holder.until > now}
+        there = {worker: self._leading(chain, worker, now) for worker in fresh & asked}
         coming: dict[WorkerKey, int] = {}
-        for part in self._parts.get(chain[0], ()) if chain else ():
-            if part.worker in asked and part.stage is not Stage.NOTHING:
-                longest = there if part.stage is Stage.THERE else coming
-                known = longest.get(part.worker, 0)
+        for part in self._parts.get(chain[0], ()):
+            if part.worker in asked and part.stage is Stage.COMING:
+                known = coming.get(part.worker, 0)
                 if known < min(len(chain), len(part.chain)) and chain[known] == part.chain[known]:
-                    longest[part.worker] = shared_blocks(chain, part.chain)
+                    coming[part.worker] = shared_blocks(chain, part.chain)
         return {
             worker: Leading(there.get(worker, 0), max(there.get(worker, 0), coming.get(worker, 0)))
             for worker in {**there, **coming}
@@ -123,22 +131,28 @@ class ExpectedCache:
         """Leading blocks of `chain` that each worker once got, and may have evicted since."""
         return {worker: self._leading(chain, worker) for worker in workers}
 
-    def _leading(self, chain: Chain, worker: WorkerKey) -> int:
-        return bisect_left(
-            range(len(chain)), True, key=lambda block: worker not in self._kept.get(chain[block], ())
-        )
+    def _leading(self, chain: Chain, worker: WorkerKey, after: float = -math.inf) -> int:
+        """How many leading blocks of `chain` it got, of which the index knows only after that time."""
+
+        def lacks(block: int) -> bool:
+            holders = self._kept.get(chain[block], ())
+            return not any(holder.worker == worker and holder.until > after for holder in holders)
+
+        return bisect_left(range(len(chain)), True, key=lacks)
 
     def _keep(self, part: _Part) -> None:
+        now = self._clock.now()
+        new = _Holder(part.worker, now + PUBLISHED_S)
         for block in reversed(part.chain):
-            others = [key for key in self._kept.get(block, ()) if key.worker_id != part.worker.worker_id]
-            self._kept[block] = (*others[1 - HOLDERS_KEPT :], part.worker)
+            holders = self._kept.get(block, ())
+            others = [one for one in holders if one.worker.worker_id != part.worker.worker_id]
+            excess = len(others) + 1 - HOLDERS_KEPT
+            if excess > 0:
+                others = [one for n, one in enumerate(others) if n >= excess or one.until > now]
+            self._kept[block] = (*others, new)
             self._kept.move_to_end(block)
         while len(self._kept) > self._blocks_kept:
             self._kept.popitem(last=False)
-
-    def _forget_published(self) -> None:
-        while self._published and self._published[0].until <= self._clock.now():
-            self._remove(self._published.popleft())
 
     def _remove(self, part: _Part) -> None:
         alike = self._parts[part.first]

@@ -102,15 +102,16 @@ class InFlight:
     def applied_to(self, view: WorkerView, age_s: float) -> WorkerView:
         """What the worker has to do now: `view` shows what its report of `age_s` ago said."""
         view = _worked_off(view, age_s)
-        worker = self._workers.get(view.id, _OnWorker())
-        fresh = [part for part in worker.parts if not part.reported]
-        left = replace(
-            view,
-            running=max(0, view.running - worker.ended_sequences),
-            running_context=max(0, view.running_context - worker.ended_context),
-            blocks_available=view.blocks_available + worker.ended_blocks,
-        )
-        return _with_parts(left, fresh)
+        if (worker := self._workers.get(view.id)) is None:
+            return view
+        if worker.ended_blocks:
+            view = replace(
+                view,
+                running=max(0, view.running - worker.ended_sequences),
+                running_context=max(0, view.running_context - worker.ended_context),
+                blocks_available=view.blocks_available + worker.ended_blocks,
+            )
+        return _with_parts(view, [part for part in worker.parts if not part.reported])
 
     def alone_on(self, idle: WorkerView) -> WorkerView:
         """What the worker has to do if nothing is known but what we have sent; `idle` shows it without."""
@@ -143,6 +144,8 @@ def _part(offer: Offer, tag: int, now: float, known_tokens: int, choices: int) -
 
 
 def _with_parts(view: WorkerView, parts: Sequence[Part]) -> WorkerView:
+    if not parts:
+        return view
     return replace(
         view,
         queued_prefill_tokens=view.queued_prefill_tokens + sum(part.prefill_tokens for part in parts),
