@@ -20,6 +20,12 @@ _BORDERS = {
     Field.CPPTYPE_UINT64: [0, 1, 2, 2**63, 2**64 - 1],
     Field.CPPTYPE_INT64: [0, 1, -1, 2**63 - 1, -(2**63)],
 }
+_PYTHON_TYPES: dict[int, type] = {
+    Field.CPPTYPE_DOUBLE: float,
+    Field.CPPTYPE_FLOAT: float,
+    Field.CPPTYPE_BOOL: bool,
+    Field.CPPTYPE_STRING: str,
+}
 _FLOATS = [0.0, -0.0, 1.0, 0.5, -1.0, 2.0, 1e-300, 1e300, 3e38, math.inf, -math.inf, math.nan]
 _OFTEN_ABSENT = {"source", "prefix", "reach"}  # which changes what a message means
 _LONG = "x" * 70_000
@@ -60,6 +66,8 @@ class _Filling:
                 continue  # absent
             if _is_map(field):
                 self._fill_map(getattr(message, field.name), field)
+            elif field.is_repeated and (lists := self._known_of(field, list)):
+                getattr(message, field.name).extend(self.random.choice(lists))
             elif field.is_repeated:
                 for _ in range(self._length()):
                     self._add(getattr(message, field.name), field, depth)
@@ -72,13 +80,19 @@ class _Filling:
     def _noisy(self) -> bool:
         return self.random.random() < self.noise
 
+    def _known_of(self, field: FieldDescriptor, kind: type) -> list[Any]:
+        """What means something in the field. Several fields of other types may have its name."""
+        if self._noisy():
+            return []
+        return [value for value in self.known.get(field.name, ()) if isinstance(value, kind)]
+
     def _length(self) -> int:
         return self.random.choice([0, 300] if self._noisy() else [1, 1, 2, 5, 11])
 
     def _set(self, message: Message, field: FieldDescriptor, depth: int) -> None:
         message.SetInParent()
-        if field.name in self.known and not self._noisy():
-            message.CopyFrom(self.random.choice(self.known[field.name]))
+        if known := self._known_of(field, Message):
+            message.CopyFrom(self.random.choice(known))
         else:
             self.fill(message, depth + 1)
 
@@ -95,8 +109,9 @@ class _Filling:
 
     def _value(self, field: FieldDescriptor) -> Any:
         random = self.random
-        if field.name in self.known and not self._noisy():
-            return random.choice(self.known[field.name])
+        wanted = bytes if field.type == Field.TYPE_BYTES else _PYTHON_TYPES.get(field.cpp_type, int)
+        if known := self._known_of(field, wanted):
+            return random.choice(known)
         match field.cpp_type:
             case Field.CPPTYPE_BOOL:
                 return random.random() < 0.5

@@ -15,6 +15,7 @@ import grpc.aio
 
 from services.core.errors import DiptychError, WorkerLost, facts, from_label
 from services.core.worker_report import WorkerReport
+from services.gateway.workers.nonsense import nonsense
 from services.gateway.workers.sequence_wire import cancel_command, event_from_wire, submit_command
 from services.gateway.workers.worker_client import DecodeEvent, OutputToken, Sequence
 from services.wire.channel import from_rpc_error
@@ -27,6 +28,7 @@ SequenceKey = tuple[str, int]  # request id, attempt
 class _Open:
     """A sequence that runs on the worker."""
 
+    sequence: Sequence
     deliver: Callable[[DecodeEvent], None]
     running: set[int]  # choices
     over: asyncio.Future[None]
@@ -39,8 +41,14 @@ class _Open:
                 self.over.set_result(None)
 
     def fail(self, error: DiptychError) -> None:
+        """The worker does not have it any more."""
         if not self.over.done():
             self.running.clear()
+            self.over.set_exception(error)
+
+    def give_up(self, error: DiptychError) -> None:
+        """The worker may go on with it, and is told not to."""
+        if not self.over.done():
             self.over.set_exception(error)
 
 
@@ -68,7 +76,7 @@ class DecodeSession:
         if self._failure is not None:
             raise _copy(self._failure)
         over = asyncio.get_running_loop().create_future()
-        opened = self._open[key] = _Open(deliver, set(sequence.choices), over)
+        opened = self._open[key] = _Open(sequence, deliver, set(sequence.choices), over)
         self._commands.put_nowait(submit_command(self._worker, sequence, source))
         try:
             await over
@@ -100,6 +108,9 @@ class DecodeSession:
         failure: DiptychError = WorkerLost(f"{self._worker.worker_id} closed the connection")
         try:
             async for message in self._call:
+                if message is None:  # gRPC's word for bytes that are no message
+                    failure = WorkerLost(f"{self._worker.worker_id} sent what is not a message")
+                    break
                 for event in message.events:
                     self._deliver(event)
         except grpc.aio.AioRpcError as error:
@@ -107,6 +118,7 @@ class DecodeSession:
         finally:
             self._end(failure)
             self._writing.cancel()
+            self._call.cancel()
 
     def _deliver(self, wire: worker_pb2.DecodeEvent) -> None:
         opened = self._open.get((wire.request_id, wire.attempt))
@@ -115,6 +127,8 @@ class DecodeSession:
         event = event_from_wire(wire)
         if isinstance(event, DiptychError):
             opened.fail(event)
+        elif event is not None and (found := nonsense(opened.sequence, event)):
+            opened.give_up(WorkerLost(f"{self._worker.worker_id} sent {found}"))
         elif event is not None:
             opened.take(event)
 

@@ -9,6 +9,7 @@ import grpc.aio
 from services.core.errors import WorkerLost
 from services.core.worker_report import WorkerKey, WorkerReport
 from services.gateway.workers.decode_session import DecodeSession
+from services.gateway.workers.nonsense import nonsense
 from services.gateway.workers.sequence_wire import prefill_from_wire, sequence_to_wire
 from services.gateway.workers.worker_client import DecodeEvent, PrefillResult, Sequence
 from services.wire.channel import TCP, Network, from_rpc_error
@@ -29,7 +30,7 @@ class GrpcWorkerClient:
             sequence=sequence_to_wire(sequence), epoch=worker.epoch, expect_pull=expect_pull
         )
         try:
-            return prefill_from_wire(await stub.Run(request))
+            result = prefill_from_wire(await stub.Run(request))
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, worker.worker_id) from error
         except asyncio.CancelledError:
@@ -38,6 +39,9 @@ class GrpcWorkerClient:
             if task is not None and task.cancelling():
                 raise
             raise WorkerLost(f"{worker.worker_id}: the connection was given up") from None
+        if found := nonsense(sequence, result):
+            raise WorkerLost(f"{worker.worker_id} sent {found}")
+        return result
 
     async def decode(
         self,
