@@ -1,8 +1,12 @@
 """Logging: standard `logging`, one line per event on stderr.
 
 A terminal gets readable text, anything else gets JSON (one object per line, for log collectors);
-DIPTYCH_LOG_FORMAT=text|json overrides. Lines about a request or a worker carry its id:
+DIPTYCH_LOG_FORMAT=text|json overrides. Lines about a request or a worker carry its id, and those about
+a request the name of its API key:
 `logger.info("routed", extra={"request_id": ..., "worker_id": ...})`.
+
+Nothing that a client sends is logged: no prompt, answer or key. At DEBUG the messages of unexpected
+exceptions are shown, which may quote a request.
 """
 
 import json
@@ -11,11 +15,12 @@ import os
 import sys
 import time
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 from services.core.errors import ConfigError
+from services.core.traceback_text import without_messages
 
-CONTEXT_FIELDS = ("request_id", "worker_id")
+CONTEXT_FIELDS = ("request_id", "worker_id", "key")
 
 
 def setup_logging(service: str, *, level: str = "INFO", stream: TextIO | None = None) -> None:
@@ -28,7 +33,7 @@ def setup_logging(service: str, *, level: str = "INFO", stream: TextIO | None = 
         raise ConfigError(f"unknown log level {level!r}; use one of {', '.join(names)}")
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_formatter(service, stream))
+    handler.setFormatter(_formatter(service, stream, tells_all=names[level.upper()] <= logging.DEBUG))
     logging.basicConfig(level=names[level.upper()], handlers=[handler], force=True)
     logging.captureWarnings(True)
     # httpx logs every request at INFO, which would be one line per readiness probe.
@@ -36,21 +41,29 @@ def setup_logging(service: str, *, level: str = "INFO", stream: TextIO | None = 
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def _formatter(service: str, stream: TextIO) -> logging.Formatter:
+def _formatter(service: str, stream: TextIO, *, tells_all: bool) -> logging.Formatter:
     default = "text" if stream.isatty() else "json"
     chosen = os.environ.get("DIPTYCH_LOG_FORMAT") or default
     if chosen not in ("text", "json"):
         raise ConfigError(f"environment: DIPTYCH_LOG_FORMAT must be text or json, not {chosen!r}")
-    return TextFormatter(service) if chosen == "text" else JsonFormatter(service)
+    kind = TextFormatter if chosen == "text" else JsonFormatter
+    return kind(service, tells_all=tells_all)
 
 
-class JsonFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    def __init__(self, service: str, *, tells_all: bool) -> None:
+        super().__init__()
+        self._service, self._tells_all = service, tells_all
+
+    def formatException(self, ei: Any) -> str:
+        if self._tells_all or ei[1] is None:
+            return super().formatException(ei)
+        return without_messages(ei[1])
+
+
+class JsonFormatter(_Formatter):
     """{"time", "level", "service", "logger", "message"} plus the context fields that were given, and
     `exception` (a traceback) when there is one. Times are UTC, ISO 8601, in milliseconds."""
-
-    def __init__(self, service: str) -> None:
-        super().__init__()
-        self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -66,12 +79,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_Formatter):
     """`12:00:00.123 INFO gateway routed (request_id=r1)`, local time, a traceback below."""
-
-    def __init__(self, service: str) -> None:
-        super().__init__()
-        self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created)) + f".{record.msecs:03.0f}"

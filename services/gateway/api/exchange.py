@@ -67,8 +67,13 @@ class Exchange(Response):
         except Exception:
             if not stream.started:
                 raise
-            logger.exception("the request failed", extra={"request_id": self._request_id})
+            logger.exception("the request failed", extra=self._context)
             await self._end_with(stream, internal_error_body())
+
+    @property
+    def _context(self) -> dict[str, str | None]:
+        """For the log."""
+        return {"request_id": self._request_id, "key": self._visit.tenant.name or None}
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -86,8 +91,7 @@ class Exchange(Response):
         await self._visit.take_prompt(sum(len(generation.prompt_ids) for generation in generations))
         self._visit.count_answer(lambda: self._reply.record.completion_tokens)
         async with self._gateway.answering(generations, self._reply.record) as deltas:
-            context = {"request_id": self._request_id}
-            logger.debug("admitted the client's request %s", self._client_request_id, extra=context)
+            logger.debug("admitted the client's request %s", self._client_request_id, extra=self._context)
             yield deltas
 
     async def _end_with(self, stream: EventStream, error: ErrorBody) -> None:

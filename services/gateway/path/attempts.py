@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from services.core.clock import Clock
 from services.core.errors import (
+    BadRequest,
     DiptychError,
     Draining,
     Overloaded,
@@ -176,4 +177,6 @@ def _note(sequence: Sequence, failed: AttemptFailed, view: ClusterView) -> None:
     expected = lacks_capacity(failed.error) or is_sent_away(failed.error)
     level = logging.DEBUG if expected else logging.WARNING
     context = {"request_id": sequence.request_id, "worker_id": worker_id}
-    logger.log(level, "attempt %d failed: %s", sequence.attempt, failed.error.message, extra=context)
+    # What is wrong with a request may quote it: that is for its client.
+    reason = facts(failed.error).label if isinstance(failed.error, BadRequest) else failed.error.message
+    logger.log(level, "attempt %d failed: %s", sequence.attempt, reason, extra=context)

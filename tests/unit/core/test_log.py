@@ -8,8 +8,10 @@ from datetime import datetime
 
 import pytest
 
-from services.core.errors import ConfigError
+from services.core.errors import BadRequest, ConfigError
 from services.core.log import setup_logging
+
+SENT = "what a client sent"
 
 
 class Terminal(io.StringIO):
@@ -51,11 +53,36 @@ def test_an_exception_is_part_of_its_line() -> None:
     stream = io.StringIO()
     setup_logging("worker", stream=stream)
     try:
-        raise ValueError("broken")
-    except ValueError:
+        raise ZeroDivisionError("broken")
+    except ZeroDivisionError:
         logging.getLogger("x").exception("failed")
     (line,) = stream.getvalue().splitlines()
-    assert "ValueError: broken" in json.loads(line)["exception"]
+    assert "ZeroDivisionError: broken" in json.loads(line)["exception"]
+
+
+def fail(sent: str) -> None:
+    try:
+        {}[sent]
+    except KeyError as error:
+        try:
+            int(sent)
+        except ValueError:
+            raise BadRequest(f"you sent {sent}") from error
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_a_client_sent_is_in_no_traceback_unless_asked_for(monkeypatch, form: str) -> None:
+    monkeypatch.setenv("DIPTYCH_LOG_FORMAT", form)
+    for level, told in (("INFO", False), ("DEBUG", True)):
+        stream = io.StringIO()
+        setup_logging("gateway", level=level, stream=stream)
+        try:
+            fail(SENT)
+        except BadRequest:
+            logging.getLogger("x").exception("failed")
+        assert (SENT in stream.getvalue()) is told
+        for part in ("KeyError", "BadRequest", "direct cause", "in fail"):
+            assert part in stream.getvalue()
 
 
 def test_a_terminal_gets_readable_text() -> None:

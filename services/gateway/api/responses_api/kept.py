@@ -76,8 +76,9 @@ class KeptResponses:
 
 
 def _owner(tenant: Tenant) -> str:
-    """A digest that nobody else has, of those without a key together."""
-    return tenant.salt("kept responses", "key")
+    """What nobody else has, of those without a key together. Keys of one cache group differ in their ids,
+    keys that are told apart by digests in the longer one, too."""
+    return tenant.id + tenant.salt("kept responses", "key")
 
 
 def _unknown(response_id: str) -> UnknownResponse:

@@ -416,3 +416,18 @@ async def test_a_right_and_a_wrong_key_look_to_openai_s_client_as_openai_s_do(st
     with pytest.raises(openai.AuthenticationError) as wrong:
         await client("sk-wrong").completions.create(**BODY)
     assert wrong.value.code == "invalid_api_key"
+
+
+async def test_keys_of_one_cache_group_share_prompts_and_no_kept_responses(start_cluster, keys) -> None:
+    one, other = [await keys.create(name, cache_group="team") for name in ("alice", "bob")]
+    cluster = await start_cluster(locks=keys.locks)
+    asked = {"model": MODEL, "input": "France", "max_output_tokens": 20}
+    kept = await cluster.http.post("/v1/responses", json=asked, headers=one)
+    await cluster.http.post("/v1/responses", json=asked, headers=other)
+    assert len({call.sequence.salt for call in cluster.workers.calls}) == 1
+    path = f"/v1/responses/{kept.json()['id']}"
+    assert (await cluster.http.get(path, headers=one)).status_code == 200
+    assert (await cluster.http.get(path, headers=other)).status_code == 404
+    fresh = bearer((await changes.rotate(keys.store, "alice", datetime.now(UTC)))[1])
+    await cluster.gateway.door.ring.refresh()
+    assert (await cluster.http.get(path, headers=fresh)).status_code == 200
