@@ -54,7 +54,8 @@ class HermesParser:
         return pieces
 
     def flush(self) -> list[Piece]:
-        texts = [self._marker.flush(), self._held]
+        """An end marker that did not come to its end is no content either."""
+        texts = [self._marker.flush()]
         if self._call is not None and (held := self._call.flush()) is not None:
             texts.append(BEGIN + held)
         return [Content(text) for text in texts if text]

@@ -138,6 +138,9 @@ CALLS = {
         "Well.",
         [("get_weather", TRICKY), ("now", "{}")],
     ),
+    "hermes: cut off within the end marker": Recorded(
+        HERMES, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_ca', "", [("now", "{}")]
+    ),
     "mistral: a name without its mark": Recorded(
         MISTRAL, '[TOOL_CALLS] add-numbers{"a": 1}', "", [("add-numbers", '{"a": 1}')]
     ),
