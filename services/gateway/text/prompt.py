@@ -148,21 +148,24 @@ class PromptReader:
         ]
 
     def _max_tokens(self, request: GenerationRequest, number: int, prompt_tokens: int) -> int:
-        """Of an answer to prompt `number`: what the client asked for, or the default, within the context."""
+        """Of an answer to prompt `number`: what the client asked for, or the default, within the context.
+
+        Clients that cut a conversation and try again know the error by OpenAI's first words.
+        """
         limit = self.context_tokens_max()
         room = limit - prompt_tokens
         if room < 1:
             raise BadRequest(
-                f"The prompt has {prompt_tokens} tokens; with at least one token of answer, this model's "
-                f"context of {limit} tokens is exceeded. Shorten the prompt.",
+                f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens}, "
+                "and an answer needs one at least. Shorten the prompt.",
                 _prompt_param(request, number),
                 "context_length_exceeded",
             )
         asked = request.answer_tokens_max
         if asked is not None and asked > room:
             raise BadRequest(
-                f"The prompt has {prompt_tokens} tokens and {asked} were asked for the answer, but this "
-                f"model's context is {limit} tokens. Ask for at most {room}, or shorten the prompt.",
+                f"This model's maximum context length is {limit} tokens, but the prompt has {prompt_tokens} "
+                f"and {asked} were asked for the answer. Ask for at most {room}, or shorten the prompt.",
                 request.max_tokens_param,
                 "context_length_exceeded",
             )

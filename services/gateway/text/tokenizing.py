@@ -41,8 +41,8 @@ class Tokenizing:
         characters_max = self.characters_max(tokens_max)
         if len(text) > characters_max:
             raise BadRequest(
-                f"The prompt has {len(text)} characters; none of more than {characters_max} is within the "
-                f"model's context of {tokens_max} tokens. Shorten it.",
+                f"This model's maximum context length is {tokens_max} tokens, which no text of more than "
+                f"{characters_max} characters is within; the prompt has {len(text)}. Shorten it.",
                 param,
                 "context_length_exceeded",
             )
