@@ -202,6 +202,9 @@ async def test_requests_end_well_formed_whatever_workers_answer(
             ours = [record for record in caplog.records if not record.name.startswith("grpc")]
             assert not [r for r in ours if r.levelno >= logging.ERROR], f"seed {seed}: {caplog.text}"
         worker.honest = True
+        for name, role in (("p3", "prefill"), ("d3", "decode")):  # the others are avoided for a while
+            await gateway.view._membership.announce(report(name, role, address=worker.address))
+        await gateway.view.refresh()
         ordinary = body(Random(1)) | {"n": 1, "stream": False}
         async with asyncio.timeout(10):  # a worker that failed is avoided for a while
             while (answer := await http.post("/v1/completions", json=ordinary)).status_code != 200:

@@ -22,7 +22,9 @@ import psutil
 from services.core.errors import StoreUnavailable
 from services.core.parent_death import dying_with_parent
 from services.core.worker_report import WorkerReport
+from services.launch.authority import create_authority
 from services.launch.cluster_state import ClusterState
+from services.launch.https import trusting
 from services.membership.redis_membership import RedisMembership
 from tests.support.scrape import Scrape, scrape
 
@@ -44,6 +46,7 @@ class ClusterSpec:
     transports: str = "nixl,grpc"  # of KV, of all workers
     drain_grace_s: float = 10.0  # of all workers
     redis: str = ""  # URL; without one `up` starts a Valkey
+    locked: bool = False  # mutual TLS between its parts, and https
 
 
 class RunningCluster:
@@ -65,6 +68,9 @@ class RunningCluster:
             "DIPTYCH_WORKER__DRAIN_GRACE_S": str(spec.drain_grace_s),
         }
         home.mkdir(parents=True)
+        self.authority = create_authority(home / "ca") if spec.locked else None
+        if self.authority:
+            environment |= _certificates(self.authority.issue("node", ["127.0.0.1"], days=30))
         with (home / "stdout").open("wb") as stdout, (home / "stderr").open("wb") as stderr:
             # A killed test run must not leave a cluster behind.
             self.process = subprocess.Popen(
@@ -78,7 +84,8 @@ class RunningCluster:
         self.state = msgspec.json.decode((home / "run/cluster.json").read_bytes(), type=ClusterState)
 
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=REQUEST_TIMEOUT_S)
+        verify = trusting(self.authority.folder / "ca.crt" if self.authority else None)
+        return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=REQUEST_TIMEOUT_S, verify=verify)
 
     @property
     def said(self) -> str:
@@ -174,6 +181,18 @@ class RunningCluster:
                 return stdout.removeprefix("ready ").removesuffix("/v1\n")
             time.sleep(POLL_S)
         raise AssertionError(f"`diptych up` did not get ready:\n{self.said}")
+
+
+def _certificates(node: Path) -> dict[str, str]:
+    """The environment in which all parts of a cluster use one node's files."""
+    cert, key, ca = (str(node / name) for name in ("tls.crt", "tls.key", "ca.crt"))
+    return {
+        "DIPTYCH_CLUSTER__CERT": cert,
+        "DIPTYCH_CLUSTER__KEY": key,
+        "DIPTYCH_CLUSTER__CA": ca,
+        "DIPTYCH_GATEWAY__TLS_CERT": cert,
+        "DIPTYCH_GATEWAY__TLS_KEY": key,
+    }
 
 
 async def until(condition: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str]) -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from services.launch.authority import create_authority
 from services.launch.cli import main
 from services.wire.cluster_lock import lock_network
 from tests.support.certificates import lock_of
+
+FILES = {"cert": "tls.crt", "key": "tls.key", "ca": "ca.crt"}
 
 
 def test_every_node_gets_files_that_a_cluster_takes(
@@ -92,3 +95,14 @@ def test_clients_outside_can_check_the_hosts(tmp_path: Path) -> None:
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
         tmp_path / "gateway/tls.crt", tmp_path / "gateway/tls.key"
     )
+
+
+def test_a_worker_whose_certificate_has_expired_says_so_and_does_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = create_authority(tmp_path).issue("old", [], -0.01)
+    files = [f"--cluster-{flag}={folder / name}" for flag, name in FILES.items()]
+    assert main(["worker", "--host", "0.0.0.0", "--redis", "redis://127.0.0.1:1", *files]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "old/tls.crt has expired on" in error
