@@ -10,6 +10,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope
 
+FAR = 4  # times as large as a body may be
+
 
 @dataclass(slots=True)
 class Bodies:
@@ -35,9 +37,10 @@ class Body:
 
     @property
     def has_no_end(self) -> bool:
-        """Whether the rest of it is not worth receiving. A body that is not wanted, but might have been, is
-        received and thrown away (0.4 ms a megabyte): not all clients read an answer before a reset."""
-        return not self._whole and (self._endless or self._declared > self._all.each_bytes_max)
+        """Whether the rest of it is not worth receiving. A body that is not wanted is received and thrown away
+        (0.4 ms a megabyte) unless it is far too large: not all clients read an answer before a reset."""
+        far = FAR * self._all.each_bytes_max
+        return not self._whole and (self._endless or self._declared > far)
 
     async def receive(self) -> Message:
         """As of ASGI. Raises HTTPException with 413 or 429."""

@@ -86,6 +86,11 @@ async def test_a_refused_client_learns_why_on_a_connection_that_stays(size) -> N
             assert "Connection" not in answer.headers
 
 
+async def test_who_sends_too_much_learns_it_and_not_that_the_connection_broke(cluster) -> None:
+    for _ in range(2):
+        assert (await post(cluster, b" " * (10 << 20))).status_code == 413
+
+
 @pytest.mark.parametrize("length", [f"Content-Length: {1 << 40}", "Transfer-Encoding: chunked"])
 async def test_a_refused_body_without_an_end_is_hung_up_on(length) -> None:
     async with locked_edge() as http, asyncio.timeout(10):
