@@ -65,3 +65,11 @@ async def test_warnings_take_bounded_memory(cluster, caplog) -> None:
         await ask(cluster, **{f"new_{number}_{n}": 1 for n in range(500)})
     assert len(fields._warned) == 1000
     assert len([record for record in caplog.records if "unknown request field" in record.message]) == 1000
+
+
+@pytest.mark.parametrize("part", ["body", "messages"])
+async def test_very_many_are_refused_at_once(cluster, part) -> None:
+    many = {f"x{number}": number for number in range(3000)}
+    message = {"role": "user", "content": "hi", **(many if part == "messages" else {})}
+    body = {"model": MODEL, "messages": [message], **(many if part == "body" else {})}
+    assert (await cluster.http.post("/v1/chat/completions", json=body)).status_code == 400
