@@ -25,6 +25,11 @@ from services.gateway.api.responses import ErrorBody, ErrorDetails
 from services.gateway.metrics import GatewayMetrics
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
+# FastAPI's own: what JSON's parser fails at, rather than says no to.
+_MESSAGES = {
+    "There was an error parsing the body": "The body cannot be read as JSON: it must be UTF-8, as it is (not "
+    "compressed), and neither nested very deeply nor with numbers of thousands of digits."
+}
 INTERNAL = "The server failed to answer this request. It is not the request's fault; see the server's log."
 
 
@@ -44,7 +49,7 @@ def install_error_handlers(app: FastAPI, metrics: GatewayMetrics, endpoints: dic
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"{error.detail}: {request.method} {request.url.path}"
+        message = _MESSAGES.get(error.detail, f"{error.detail}: {request.method} {request.url.path}")
         headers = {**(error.headers or {}), **_allowed(request, error.status_code)}
         return error_response(error.status_code, _body(message, error.status_code), headers)
 

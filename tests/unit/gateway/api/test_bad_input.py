@@ -1,5 +1,6 @@
 """Wrong input is a 400 (or 404, 405, 413) with OpenAI's error body, naming the parameter."""
 
+import gzip
 import json
 
 import pytest
@@ -301,6 +302,19 @@ async def test_a_body_that_is_no_json_object_is_a_400(cluster, content, kind) ->
     answered = await cluster.http.post("/v1/completions", content=content, headers={"Content-Type": kind})
     assert answered.status_code == 400
     assert answered.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b"{}"), b'{"prompt": "\xe9"}', b'{"seed": 1' + b"0" * 5000 + b"}", b"[" * 100_000],
+    ids=["compressed", "latin-1", "a long number", "deep"],
+)
+async def test_a_body_that_cannot_be_read_is_told_why(cluster, content) -> None:
+    answered = await cluster.http.post(
+        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert answered.status_code == 400
+    assert "UTF-8" in answered.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["other", "", "\ud800"])
