@@ -81,6 +81,8 @@ class Grammars:
         """Let `guide` read the token that was just sampled; whether only an end could follow it."""
         guide.matcher.consume_token(token)
         guide.read, guide.words = guide.read + 1, None
+        if guide.matcher.is_error():
+            return False  # the next step renews it, or says why not
         if guide.matcher.is_stopped() or not guide.matcher.is_accepting():
             return guide.matcher.is_stopped()
         self._compute_words([guide])
