@@ -37,8 +37,8 @@ class Body:
 
     @property
     def has_no_end(self) -> bool:
-        """Whether the rest of it is not worth receiving. A body that is not wanted is received and thrown away
-        (0.4 ms a megabyte) unless it is far too large: not all clients read an answer before a reset."""
+        """Whether the rest of it is not worth receiving. One that is not wanted is received and thrown
+        away (0.4 ms a megabyte) unless it is far too large: not all clients read an answer before a reset."""
         far = FAR * self._all.each_bytes_max
         return not self._whole and (self._endless or self._declared > far)
 
