@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-gateway clean
+	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -107,6 +107,10 @@ bench-gateway: setup
 # (PART=linear|attention|sampling|steps|quality, THREADS=1).
 bench-kernels: setup
 	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART))
+
+# A call and a transfer of KV with a token and with mutual TLS, beside neither (QUICK=1).
+bench-locks: setup
+	@$(PY) -m tests.bench.locks $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

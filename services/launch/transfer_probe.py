@@ -19,6 +19,7 @@ from services.core.block_hash import Compatibility
 from services.core.clock import SystemClock
 from services.core.errors import KvSourceLost, TransportUnavailable
 from services.core.malloc import keep_freed_memory
+from services.launch.lock import lock_from_state, lock_to_state
 from services.model.pool_geometry import PoolGeometry
 from services.transfer.destination import Destination
 from services.transfer.grpc_transport import serve_kv
@@ -28,7 +29,8 @@ from services.transfer.pool_memory import PoolMemory
 from services.transfer.protocol import FirstToken, KvSource, KvTransport
 from services.transfer.receive import Received, ReceiveObserver, receive_kv
 from services.transfer.server import KvServer
-from services.wire.channel import TCP, listen
+from services.wire.channel import TCP, Network
+from services.wire.cluster_lock import ClusterLock, lock_network
 from services.worker.transports import KvTransports, open_transports
 
 _EPOCH = 1
@@ -39,6 +41,7 @@ _PULL_WAIT_S = 5.0
 class ProbeSetup(msgspec.Struct, frozen=True):
     geometry: PoolGeometry
     with_nixl: bool
+    lock: dict[str, str] = {}  # settings of section [cluster]
 
 
 class Prefill(msgspec.Struct, frozen=True):
@@ -75,8 +78,8 @@ def new_pool(geometry: PoolGeometry) -> PoolMemory:
 class ProbeSource:
     """The parent's side of the other process."""
 
-    def __init__(self, geometry: PoolGeometry, with_nixl: bool) -> None:
-        self._setup = ProbeSetup(geometry, with_nixl)
+    def __init__(self, geometry: PoolGeometry, with_nixl: bool, lock: ClusterLock | None = None) -> None:
+        self._setup = ProbeSetup(geometry, with_nixl, lock_to_state(lock) if lock else {})
         self._transfers = 0
 
     async def __aenter__(self) -> "ProbeSource":
@@ -137,9 +140,10 @@ def compatibility(geometry: PoolGeometry) -> Compatibility:
     return Compatibility(model="probe", revision="", block_size=geometry.block_size, layout=geometry.layout)
 
 
-async def open_reading(names: list[str], memory: PoolMemory) -> KvTransports:
+async def open_reading(names: list[str], memory: PoolMemory, network: Network = TCP) -> KvTransports:
     """A reader's transports, exactly these. Raises ConfigError if one of them is not here."""
-    return await open_transports(names, "reader", compatibility(memory.geometry), memory, TCP, SystemClock())
+    compatible = compatibility(memory.geometry)
+    return await open_transports(names, "reader", compatible, memory, network, SystemClock())
 
 
 def _table(tokens: int, geometry: PoolGeometry) -> list[int]:
@@ -151,6 +155,7 @@ class _Source:
 
     def __init__(self, setup: ProbeSetup) -> None:
         self._geometry = setup.geometry
+        self._network = lock_network(lock_from_state(setup.lock))
         memory = new_pool(setup.geometry)
         self.nixl_obstacle = "" if setup.with_nixl else "not asked for"
         self._nixl: NixlSource | None = None
@@ -173,9 +178,9 @@ class _Source:
         )
 
     async def serve(self) -> str:
-        server = TCP.new_server()
+        server = self._network.new_server()
         serve_kv(self._kv, server)
-        address = f"127.0.0.1:{listen(server, '127.0.0.1', 0)}"
+        address = f"127.0.0.1:{self._network.listen(server, '127.0.0.1', 0)}"
         await server.start()
         self._server = server
         return address
