@@ -5,6 +5,7 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 from tests.support.cluster import RunningCluster
 from tests.support.completions import MODEL
@@ -66,3 +67,17 @@ def test_tools_are_bound_and_called(chat: ChatOpenAI) -> None:
     assert isinstance(call["args"]["city"], str)
     assert isinstance(call["args"]["days"], int)
     assert chat.bind_tools([weather]).invoke([*asked, said, weather.invoke(call)]).content is not None
+
+
+class Person(BaseModel):
+    """Somebody."""
+
+    name: str
+    age: int
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_answers_have_the_structure_that_was_asked_for(chat: ChatOpenAI, method: str) -> None:
+    structured = chat.with_structured_output(Person, method=method)
+    answers = structured.batch(["Anna is 31 years old.", "Tom is 7."], max_tokens=200)
+    assert all(isinstance(answer, Person) for answer in answers)

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.support.cluster import RunningCluster
 from tests.support.completions import MODEL
@@ -158,6 +158,64 @@ async def test_calls_of_tools_are_parsed_into_their_models(client: openai.AsyncO
         assert not told.message.content
     assert whole.finish_reason == streamed.finish_reason
     assert call.function.arguments == whole.message.tool_calls[0].function.arguments == done.arguments
+
+
+Short = Annotated[str, Field(max_length=20)]
+
+
+class City(BaseModel):
+    name: Short
+    country: Literal["France", "Italy", "Spain"]
+    rivers: Annotated[list[Short], Field(max_length=3)]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_answers_are_parsed_into_the_models_that_were_asked_for(
+    client: openai.AsyncOpenAI, n: int
+) -> None:
+    asked = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Tell me about Paris, as JSON."}],
+        "response_format": City,
+        "seed": 3,
+        "n": n,
+        "max_tokens": 300,
+    }
+    whole = await client.chat.completions.parse(**asked)
+    async with client.chat.completions.stream(**asked) as stream:
+        streamed = await stream.get_final_completion()
+    assert len(whole.choices) == n
+    for one, other in zip(whole.choices, streamed.choices, strict=True):
+        assert isinstance(one.message.parsed, City)
+        assert one.message.parsed == other.message.parsed
+    free = await client.chat.completions.create(
+        model=MODEL,
+        messages=CAPITAL,
+        max_tokens=100,
+        extra_body={"structured_outputs": {"choice": ["Rome", "Paris"]}},
+    )
+    assert free.choices[0].message.content in ("Rome", "Paris")
+
+
+async def test_responses_go_on_after_each_other(client: openai.AsyncOpenAI) -> None:
+    first = await client.responses.create(model=MODEL, input="What is the capital of France?", temperature=0)
+    assert "Paris" in first.output_text
+    asked = {"model": MODEL, "input": "And of Italy?", "temperature": 0, "max_output_tokens": 40}
+    whole = await client.responses.create(**asked, previous_response_id=first.id)
+    assert "Rome" in whole.output_text
+    async with client.responses.stream(**asked, previous_response_id=first.id) as stream:
+        pieces = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+        streamed = await stream.get_final_response()
+    assert "".join(pieces) == streamed.output_text == whole.output_text
+    assert (await client.responses.retrieve(whole.id)).output_text == whole.output_text
+    parsed = await client.responses.parse(
+        model=MODEL, input="Tell me about Rome, as JSON.", text_format=City, max_output_tokens=300
+    )
+    assert isinstance(parsed.output_parsed, City)
+    await client.responses.delete(first.id)
+    with pytest.raises(openai.BadRequestError) as gone:
+        await client.responses.create(**asked, previous_response_id=first.id)
+    assert gone.value.param == "previous_response_id"
 
 
 async def test_a_conversation_goes_on_after_a_call(client: openai.AsyncOpenAI) -> None:
