@@ -27,8 +27,8 @@ from services.core.errors import ConfigError, PeerRefused
 from services.core.loopback import is_loopback
 from services.wire.certificates import CLUSTER_NAME, CertificateFiles, Certificates, RenewedCertificates
 from services.wire.channel import TCP, Network, abort, channel_options, listen, new_server
+from services.wire.locked_channel import TOKEN_KEY, RenewedChannel, TokenChannel
 
-TOKEN_KEY = "diptych-token"
 TOKEN_CHARACTERS_MIN = 16
 _WARN_EVERY_S = 10.0
 
@@ -127,9 +127,11 @@ def _with_certificates(certificates: RenewedCertificates) -> Network:
     options = [*channel_options(), ("grpc.ssl_target_name_override", CLUSTER_NAME)]
 
     def open_channel(address: str) -> grpc.aio.Channel:
-        now = certificates.current()
-        credentials = grpc.ssl_channel_credentials(now.ca, now.key, now.cert)
-        return grpc.aio.secure_channel(address, credentials, options=options)
+        def open_with(now: Certificates) -> grpc.aio.Channel:
+            credentials = grpc.ssl_channel_credentials(now.ca, now.key, now.cert)
+            return grpc.aio.secure_channel(address, credentials, options=options)
+
+        return RenewedChannel(certificates.current, open_with)
 
     def listen_secured(server: grpc.aio.Server, host: str, port: int) -> int:
         credentials = grpc.dynamic_ssl_server_credentials(
@@ -153,45 +155,6 @@ def _with_token(network: Network, tokens: Sequence[str]) -> Network:
         network.listen,
         direct=network.direct,
     )
-
-
-class TokenChannel(grpc.aio.Channel):
-    """A channel whose calls carry the token. Not gRPC's client interceptors: those wrap every message of a
-    stream, this only adds a header to its beginning."""
-
-    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
-        self._channel = channel
-        self._metadata = grpc.aio.Metadata((TOKEN_KEY, token))
-
-    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.unary_unary(*args, **kwargs), metadata=self._metadata)
-
-    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.unary_stream(*args, **kwargs), metadata=self._metadata)
-
-    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.stream_unary(*args, **kwargs), metadata=self._metadata)
-
-    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return partial(self._channel.stream_stream(*args, **kwargs), metadata=self._metadata)
-
-    async def close(self, grace: float | None = None) -> None:
-        await self._channel.close(grace)
-
-    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        return self._channel.get_state(try_to_connect)
-
-    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        await self._channel.wait_for_state_change(last_observed_state)
-
-    async def channel_ready(self) -> None:
-        await self._channel.channel_ready()
-
-    async def __aenter__(self) -> "TokenChannel":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
 
 
 class TokenCheck(grpc.aio.ServerInterceptor):

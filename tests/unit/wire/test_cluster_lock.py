@@ -1,5 +1,6 @@
 """Only who has the cluster's certificate, or its token, is served; what is wrong is said on both sides."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -39,21 +40,24 @@ class Echo(grpc.GenericRpcHandler):
 
     def __init__(self) -> None:
         self.heard: list[bytes] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     def service(self, details: object) -> "grpc.RpcMethodHandler[bytes, bytes]":
         async def answer(request: bytes, context: object) -> bytes:
             self.heard.append(request)
+            await self.may_answer.wait()
             return request
 
         return grpc.unary_unary_rpc_method_handler(answer)
 
 
 @asynccontextmanager
-async def serving(lock: ClusterLock) -> AsyncIterator[tuple[str, Echo]]:
+async def serving(lock: ClusterLock, port: int = 0) -> AsyncIterator[tuple[str, Echo]]:
     network, echo = lock_network(lock), Echo()
     server = network.new_server()
     server.add_generic_rpc_handlers((echo,))
-    port = network.listen(server, "127.0.0.1", 0)
+    port = network.listen(server, "127.0.0.1", port)
     await server.start()
     try:
         yield f"127.0.0.1:{port}", echo
@@ -232,13 +236,45 @@ async def test_renewed_certificates_are_taken_up_by_both_sides(ca: Authority, st
         client = lock_network(gateway)
         assert await ask(client, address) == b"hello"
         for renewed in (worker, gateway):  # by a new authority, as after a leak
-            fresh = strangers.issue("fresh", [], 1)
-            for path in (renewed.key, renewed.cert, renewed.ca):
-                assert path is not None
-                path.write_bytes((fresh / path.name).read_bytes())
+            renew(renewed, strangers)
         with pytest.raises(PeerRefused):
             await ask(lock_network(lock_of(ca.issue("forgotten", [], 1))), address)
         assert await ask(client, address) == b"hello"
+
+
+async def test_a_channel_connects_again_with_the_certificate_of_today(
+    ca: Authority, strangers: Authority
+) -> None:
+    lock = node(ca, "node")
+    async with serving(lock) as (address, _):
+        channel = lock_network(lock).open_channel(address)
+        assert await channel.unary_unary("/any/method")(b"hello", timeout=5) == b"hello"
+    renew(lock, strangers)
+    async with serving(lock, int(address.rpartition(":")[2])):
+        assert await channel.unary_unary("/any/method")(b"again", timeout=5) == b"again"
+    await channel.close()
+
+
+async def test_a_call_that_runs_goes_on_when_certificates_are_renewed(ca: Authority) -> None:
+    lock = node(ca, "node")
+    async with serving(lock) as (address, echo):
+        channel = lock_network(lock).open_channel(address)
+        echo.may_answer.clear()
+        running = asyncio.ensure_future(channel.unary_unary("/any/method")(b"first", timeout=5))
+        while not echo.heard:
+            await asyncio.sleep(0.001)
+        renew(lock, ca)
+        echo.may_answer.set()
+        assert await channel.unary_unary("/any/method")(b"second", timeout=5) == b"second"
+        assert await running == b"first"
+        await channel.close()
+
+
+def renew(lock: ClusterLock, authority: Authority) -> None:
+    fresh = authority.issue("fresh", [], 30)
+    for path in (lock.key, lock.cert, lock.ca):
+        assert path is not None
+        path.write_bytes((fresh / path.name).read_bytes())
 
 
 async def test_a_renewal_that_is_not_good_changes_nothing(
