@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.core.clock import Clock
 from services.core.errors import DiptychError
 from services.gateway.api.body import Bodies, Body
-from services.gateway.api.http_errors import diptych_error_response
+from services.gateway.api.http_errors import diptych_error_response, error_response, internal_error_body
 from services.gateway.door.door import Door
 from services.gateway.door.visits import Visit
 
@@ -48,6 +48,10 @@ class Edge:
             return
         try:
             await self._app(scope, body.receive, send)
+        except Exception:  # a bug, which the framework would answer further out, without our headers
+            if "answer_begun" not in state:
+                await error_response(500, internal_error_body())(scope, receive, send)
+            raise
         finally:
             body.close()
             self._door.leave(visit)
@@ -58,6 +62,7 @@ def _with_headers(send: Send, state: dict[str, object], body: Body) -> Send:
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
+            state["answer_begun"] = True
             headers, visit = MutableHeaders(scope=message), state.get("visit")
             headers[REQUEST_ID_HEADER] = str(state["client_request_id"])
             if isinstance(visit, Visit):

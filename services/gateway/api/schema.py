@@ -33,7 +33,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "use_beam_search": (False,),
     "truncate_prompt_tokens": (),
-    "add_special_tokens": (),
     "prompt_embeds": (),
 }
 # The same in completions, which have no use for them.
@@ -124,6 +123,10 @@ class GenerationRequest(Structured):
     )
     best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="only n: all answers are given")
     skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = Field(
+        None,
+        description="begin the prompt as the tokenizer does; default: in completions, chats have a template",
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     timings: bool | None = Field(None, description="add where the time went to the answer")

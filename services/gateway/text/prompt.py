@@ -115,7 +115,8 @@ class PromptReader:
             case CompletionRequest():
                 prompts = await self._of_completion(request)
             case ChatCompletionRequest():
-                prompts = [await self.of_chat(request, add_special_tokens=False)]
+                special = request.add_special_tokens is True
+                prompts = [await self.of_chat(request, add_special_tokens=special)]
             case _:
                 raise AssertionError(f"no prompt in a {type(request).__name__}")
         if [] in prompts:
@@ -139,7 +140,8 @@ class PromptReader:
             if isinstance(prompt, str):
                 self.model.tokenizing.check_length(prompt, tokens_max, _prompt_param(request, number))
                 texts.append(prompt)
-        tokenized = iter(await self.model.tokenizing.encode(texts, add_special_tokens=True))
+        special = request.add_special_tokens is not False
+        tokenized = iter(await self.model.tokenizing.encode(texts, add_special_tokens=special))
         return [
             next(tokenized)
             if isinstance(prompt, str)

@@ -291,3 +291,32 @@ async def test_the_openapi_page_names_our_bodies_and_no_foreign_error(cluster) -
 async def test_the_answer_is_named_by_the_id_in_its_header(cluster) -> None:
     answered = await cluster.http.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
     assert answered.json()["id"] == f"cmpl-{answered.headers['X-Request-Id']}"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/nothing"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_the_client_s_id_comes_back_with_errors_too(cluster, path, method) -> None:
+    answered = await cluster.http.request(method, path, content=b"{", headers={"X-Request-Id": "mine"})
+    assert answered.status_code in (400, 404, 405)
+    assert answered.headers["X-Request-Id"] == "mine"
+
+
+async def test_the_client_s_id_comes_back_from_every_route(cluster) -> None:
+    documented = (await cluster.http.get("/openapi.json")).json()["paths"]
+    paths = [path.format(model_id=MODEL, response_id="resp_1") for path in documented]
+    for path in [*paths, "/metrics", "/v1/cluster"]:
+        body = {"model": MODEL, "prompt": "a", "input": "a", "messages": HELLO, "tokens": [1]}
+        headers = {"X-Request-Id": "mine"}
+        for answered in (
+            await cluster.http.get(path, headers=headers),
+            await cluster.http.post(path, headers=headers, json=body),
+            await cluster.http.post(path, headers=headers, json=body | {"stream": True}),
+        ):
+            assert answered.headers["X-Request-Id"] == "mine", path
+
+
+async def test_a_bug_s_answer_carries_the_client_s_id(cluster) -> None:
+    cluster.workers.script(ANY_WORKER, "prefill", Fault(ZeroDivisionError("a bug")))
+    body, headers = {"model": MODEL, "prompt": "a"}, {"X-Request-Id": "mine"}
+    answered = await cluster.http.post("/v1/completions", json=body, headers=headers)
+    assert (answered.status_code, answered.headers["X-Request-Id"]) == (500, "mine")

@@ -2,6 +2,7 @@
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from services.core.errors import ModelFileError
 from services.gateway.workers.memory_worker_client import ANY_WORKER, Fault
@@ -186,6 +187,30 @@ class TestConversations:
             answered = await cluster.http.request(method, f"/v1/responses/{response_id}")
             assert answered.status_code == 404
             assert answered.json()["error"]["param"] == "response_id"
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+class TestFormats:
+    async def test_a_schema_is_that_of_a_chat_and_the_client_parses_the_answer(self, start_cluster) -> None:
+        cluster = await start_cluster(answer='{"name": "Ada", "age": 36}')
+        async with client_of(cluster) as client:
+            response = await client.responses.parse(**ASK, text_format=Person)
+            assert response.output_parsed == Person(name="Ada", age=36)
+            messages = [{"role": "user", "content": ASK["input"]}]
+            await client.chat.completions.parse(model=MODEL, messages=messages, response_format=Person)
+        grammars = {call.sequence.sampling.grammar for call in cluster.workers.calls}
+        assert len(grammars) == 1
+        assert grammars.pop()
+
+    async def test_a_schema_that_nobody_can_follow_is_refused_by_its_name(self, cluster) -> None:
+        form = {"type": "json_schema", "name": "a", "schema": {"type": "banana"}}
+        answered = await cluster.http.post("/v1/responses", json=ASK | {"text": {"format": form}})
+        assert answered.status_code == 400
+        assert answered.json()["error"]["param"].startswith("text.format")
 
 
 class TestFailures:

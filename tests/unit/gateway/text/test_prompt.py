@@ -6,6 +6,8 @@ import threading
 from dataclasses import replace
 
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from services.core.errors import BadRequest
 from services.gateway.api.schema import ChatCompletionRequest, CompletionRequest
@@ -199,3 +201,22 @@ async def test_the_rest_of_the_request_arrives(reader) -> None:
     generation = await reader.read_one(request, "r", 0.0, tenant)
     assert (generation.stop, generation.skip_special_tokens) == (("x", "y"), False)
     assert (generation.tenant, generation.salt) == (tenant.id, tenant.salt("mine", "key"))
+
+
+async def test_special_tokens_are_added_to_completions_and_not_to_chats_or_as_asked(served_model) -> None:
+    [end, *_] = served_model.tokenizer.end_token_ids
+    backend = tokenizers.Tokenizer.from_str(served_model.tokenizer.backend.to_str())
+    name = backend.id_to_token(end)
+    backend.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, end)])
+    tokenizer = Tokenizer(backend, frozenset({end}), served_model.tokenizer.chat_template)
+    model = replace(served_model, tokenizer=tokenizer, tokenizing=Tokenizing(tokenizer))
+    reader = PromptReader(model, lambda: CONTEXT, 8, random.Random(5))
+    hello = {"role": "user", "content": "Hello"}
+
+    async def begins_with_it(request) -> bool:
+        return (await reader.read_one(request, "r", 0.0)).prompt_ids[0] == end
+
+    assert await begins_with_it(completion("Hello"))
+    assert not await begins_with_it(completion("Hello", add_special_tokens=False))
+    assert not await begins_with_it(chat(hello))
+    assert await begins_with_it(chat(hello, add_special_tokens=True))
