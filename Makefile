@@ -5,7 +5,8 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
-	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway clean
+	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway \
+	bench-templates clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -97,6 +98,10 @@ bench-overload: setup
 # Look-ups in the prefix index with a million blocks in it, beside PING and the layout before (QUICK=1).
 bench-index: setup
 	@$(PY) -m tests.bench.index $(if $(QUICK),--quick)
+
+# Chat templates rendered in a process of their own beside rendering them here, hostile ones too.
+bench-templates: setup
+	@$(PY) -m tests.bench.templates
 
 # What one gateway process can do, and what it adds to every token: real gateway and gRPC, workers without a
 # model (QUICK=1; ARGS="--only stream --concurrency 64 --workers 2+2 --watch").
