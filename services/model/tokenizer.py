@@ -28,8 +28,8 @@ class Tokenizer:
         it is encoded with `add_special_tokens=False`. Raises BadRequest for half of a surrogate pair.
         """
         try:
-            # A batch of one, because `encode` holds the GIL: no other thread would run meanwhile. The fast one
-            # leaves offsets out, which takes half of the time, and of what the GIL is held for at its end.
+            # A batch of one, because `encode` holds the GIL: no other thread would run meanwhile. The fast
+            # one leaves offsets out: half of the time, and of that for which the GIL is held at the end.
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:  # what the Rust side says of a str that has no UTF-8 form
             raise BadRequest("The text holds half of a surrogate pair. Send valid Unicode.") from error

@@ -2,9 +2,9 @@
 
     python -m tests.bench.templates --renders 2000
 
-The default model's template, for short chats, one of many messages and one with a single long message: in this
-process and through the child, side by side, and the longest time for which the event loop stood still meanwhile;
-the same for tokenising. Last a hostile template, while short chats go on.
+The default model's template, for short chats, one of many messages and one with a single long message:
+in this process and through the child, side by side, and the longest time for which the event loop stood still
+meanwhile; the same for tokenising. Last a hostile template, while short chats go on.
 """
 
 import argparse

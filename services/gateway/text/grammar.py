@@ -26,10 +26,32 @@ class Asked(msgspec.Struct, frozen=True):
     kind: Literal["schema", "regex", "choice", "grammar", "lark"]
     text: str
     whitespace: str | None = None  # of a schema: a regular expression for what may stand between its tokens
+    # What the answer may be instead: tool calls, in llguidance's Lark, the rule `start` in the first line.
+    calls: str = ""
+
+    @property
+    def characters(self) -> int:
+        return len(self.text) + len(self.whitespace or "") + len(self.calls)
 
 
 def grammar_text(asked: Asked) -> str:
     """May take a while and recurse deeply. Raises ValueError with what is wrong."""
+    text = _own_text(asked)
+    return _or_calls(text, asked.calls) if asked.calls else text
+
+
+def _or_calls(text: str, calls: str) -> str:
+    """An answer, or tool calls instead."""
+    start, rules = calls.split("\n", 1)
+    if text.startswith('{"grammars":['):
+        (answer,) = json.loads(text)["grammars"]
+    else:
+        answer = {"lark_grammar": text}
+    whole = {"lark_grammar": f"{start} | @answer\n{rules}"}
+    return _json({"grammars": [whole, {"name": "answer", **answer}]})
+
+
+def _own_text(asked: Asked) -> str:
     match asked.kind:
         case "schema":
             return _json({"grammars": [{"json_schema": _schema(asked.text, asked.whitespace)}]})

@@ -112,7 +112,7 @@ class Grammars:
     async def grammar(self, asked: Asked, param: str) -> str:
         """Its text. Raises BadRequest, naming `param`, if no answer can follow it, and Overloaded if too many
         wait."""
-        if (length := len(asked.text) + len(asked.whitespace or "")) > GRAMMAR_CHARACTERS_MAX:
+        if (length := asked.characters) > GRAMMAR_CHARACTERS_MAX:
             raise BadRequest(
                 f"'{param}' has {length} characters, but at most {GRAMMAR_CHARACTERS_MAX} can be followed.",
                 param,
@@ -147,7 +147,7 @@ class Grammars:
 
 
 def _characters(asked: Asked, reply: Reply) -> int:
-    return len(asked.text) + len(asked.whitespace or "") + len(reply.grammar) + len(reply.error) + 1000
+    return asked.characters + len(reply.grammar) + len(reply.error) + 1000
 
 
 async def _exchange(process: asyncio.subprocess.Process, body: bytes) -> bytes:

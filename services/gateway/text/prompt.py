@@ -196,16 +196,24 @@ class PromptReader:
         return request.seed % (1 << SEED_BITS)
 
     async def _grammar(self, request: GenerationRequest, tools: ToolUse | None) -> str:
-        """What the request says of its answer's form, or a call of a tool that it demands."""
+        """What the request says of its answer's form, or of the calls of its tools."""
         asked = request.asked_grammar()
-        if tools is not None and (calls := tools.grammar(self.model.written)):
-            if asked is not None:
-                raise BadRequest(f"'tool_choice' demands a call, '{asked[1]}' something else.", "tool_choice")
-            asked = Asked("lark", calls), "tools"
+        if tools is not None:
+            asked = self._with_calls(asked, tools)
         if asked is None:
             return ""
         assert self.grammars is not None
         return await self.grammars.grammar(*asked)
+
+    def _with_calls(self, asked: tuple[Asked, str] | None, tools: ToolUse) -> tuple[Asked, str] | None:
+        """A form of the answer does not keep the model from calling tools instead."""
+        if asked is not None and tools.choice == "auto":
+            calls = tools.forced(self.model.written)
+            return msgspec.structs.replace(asked[0], calls=calls), asked[1]
+        if asked is not None and asked[1] != "response_format":
+            raise BadRequest(f"'tool_choice' demands a call, '{asked[1]}' something else.", "tool_choice")
+        calls = tools.grammar(self.model.written)
+        return (Asked("lark", calls), "tools") if calls else None
 
     def _sampling(
         self, request: GenerationRequest, max_tokens: int, rules: TokenRules, grammar: str

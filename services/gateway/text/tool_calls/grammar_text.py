@@ -23,8 +23,9 @@ def call_rules(calls: Sequence[str]) -> list[str]:
 
 def json_call(tool: CallableTool, arguments_key: str) -> str:
     """{"name": "NAME", "KEY": {...}}"""
-    head = f'{{"name": "{tool.name}", "{arguments_key}": '
-    return f'{quoted(head)} {json_term(tool.parameters)} "}}"'
+    # The brace is a lexeme of its own, as it is in JSON: an answer may be an object, and lexing is greedy.
+    head = f'"name": "{tool.name}", "{arguments_key}": '
+    return f'"{{" {quoted(head)} {json_term(tool.parameters)} "}}"'
 
 
 def json_term(schema: dict[str, Any]) -> str:

@@ -20,11 +20,15 @@ class ToolUse:
         """What the answer must match; empty if the model decides. Calls of a strict tool follow its schema
         also where the model decides whether to call."""
         if self.choice != "auto":
-            return self.format.grammar(self.tools, written, parallel=self.parallel).forced()
+            return self.forced(written)
         if not any(tool.strict for tool in self.tools):
             return ""
         tools = [tool if tool.strict else replace(tool, parameters=_ANY) for tool in self.tools]
         return self.format.grammar(tools, written, parallel=self.parallel).chosen()
+
+    def forced(self, written: Written) -> str:
+        """Nothing but calls."""
+        return self.format.grammar(self.tools, written, parallel=self.parallel).forced()
 
     def parser(self) -> ToolCallParser:
         return self.format.parser({tool.name for tool in self.tools})

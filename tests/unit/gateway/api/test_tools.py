@@ -182,6 +182,17 @@ async def test_forced_calls_reach_every_worker_as_a_grammar(cluster, client, cho
     assert answer.finish_reason == ("stop" if named else "tool_calls")
 
 
+@pytest.mark.parametrize(("choice", "answer"), [("auto", True), ("required", False), ("none", True)])
+async def test_a_response_format_is_for_answers_and_leaves_calls_alone(cluster, choice, answer) -> None:
+    schema = {"name": "s", "schema": {"type": "object", "properties": {"unlikely": {"type": "string"}}}}
+    form = {"type": "json_schema", "json_schema": schema}
+    body = {**ASK, "tool_choice": choice, "response_format": form}
+    assert (await cluster.http.post("/v1/chat/completions", json=body)).status_code == 200
+    grammar = cluster.workers.calls[-1].sequence.sampling.grammar
+    assert ("unlikely" in grammar) is answer
+    assert ("get_weather" in grammar) is (choice != "none")
+
+
 async def test_the_final_message_may_be_continued(cluster) -> None:
     messages = [*HELLO, {"role": "assistant", "content": "It is"}]
     body = {"model": MODEL, "messages": messages, "continue_final_message": True}

@@ -2,9 +2,11 @@
 
 import json
 
+import msgspec
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from services.gateway.text.grammar import Asked, grammar_text
 from services.gateway.text.tool_calls.hermes import HermesFormat
 from services.gateway.text.tool_calls.llama_json import LlamaJsonFormat
 from services.gateway.text.tool_calls.mistral import MistralFormat
@@ -141,3 +143,23 @@ def test_every_choice_of_optional_arguments_can_be_written_in_python(takes) -> N
         assert takes(grammar, f"[get_weather({arguments})]"), arguments
     for arguments in ("", 'unit="F"', 'unit="F", city="a"', 'city="a", more=1'):
         assert not takes(grammar, f"[get_weather({arguments})]"), arguments
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Asked("schema", '{"type": "object", "properties": {"sum": {"type": "integer"}}}'),
+        Asked("schema", '{"type": "object"}'),
+        Asked("regex", r".sum.*"),
+    ],
+    ids=["schema", "any object", "regex"],
+)
+def test_an_answer_of_some_form_may_be_calls_instead(takes, name, asked) -> None:
+    form, first, second = FORMATS[name]
+    calls = ToolUse(form, [WEATHER, NOW]).forced(json.dumps)
+    grammar = grammar_text(msgspec.structs.replace(asked, calls=calls))
+    assert takes(grammar, '{"sum": 3}' if asked.kind == "schema" else "(sum) 3")
+    assert takes(grammar, written(name, first, second))
+    assert not takes(grammar, "It is cold.")
+    assert not takes(grammar, written(name, first.replace('"C"', '"K"')))
