@@ -7,6 +7,7 @@ import socket
 import sys
 
 import httpx
+import psutil
 import pytest
 
 from services.core.errors import ConfigError
@@ -60,7 +61,13 @@ def drain_delay_s() -> float:
 
 
 @pytest.fixture
-async def gateway_process(valkey_url, default_model, tokenizer, drain_delay_s):
+def settings() -> dict:
+    """Further ones of the gateway."""
+    return {}
+
+
+@pytest.fixture
+async def gateway_process(valkey_url, default_model, tokenizer, drain_delay_s, settings):
     """(process, HTTP client, scripted workers): one worker of each role behind a real gateway."""
     ids = [*tokenizer.encode(ANSWER, add_special_tokens=False), min(tokenizer.end_token_ids)]
     workers = MemoryWorkerClient(lambda prompt: ids)
@@ -71,7 +78,7 @@ async def gateway_process(valkey_url, default_model, tokenizer, drain_delay_s):
         await membership.announce(worker)
     port = free_port()
     config = {"port": port, "redis": valkey_url, "model": str(default_model), "route_split": "always"}
-    config["drain_delay_s"] = drain_delay_s
+    config |= {"drain_delay_s": drain_delay_s, **settings}
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", PROGRAM, json.dumps(config))
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
@@ -122,6 +129,26 @@ async def test_a_draining_gateway_is_unready_before_it_takes_no_more_requests(ga
     await until_refused(http)
     async with asyncio.timeout(30):
         assert await process.wait() == 0
+
+
+@pytest.mark.parametrize("settings", [{"trust_request_chat_template": True, "template_timeout_s": 0.2}])
+async def test_templates_run_in_processes_that_end_with_the_gateway(gateway_process) -> None:
+    process, http, _ = gateway_process
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 1, "of the model's template"
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "France"}]}
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    refused = await http.post("/v1/chat/completions", json={**chat, "chat_template": endless}, timeout=30)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template")
+    own = await http.post("/v1/chat/completions", json={**chat, "chat_template": "{{ messages[0].content }}"})
+    assert own.json()["usage"]["prompt_tokens"] == 1
+    assert (await http.post("/v1/chat/completions", json=chat)).status_code == 200
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(30):
+        assert await process.wait() == 0
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children)
 
 
 async def test_without_redis_the_gateway_says_what_it_needs() -> None:
