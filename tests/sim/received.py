@@ -33,6 +33,7 @@ class Received:
             assert not choice.finish, "text after the end of a choice"
             choice.text += part["text"]
             choice.token_ids += part.get("token_ids") or []
+            choice.logprobs += (part["logprobs"] or {}).get("token_logprobs", [])
             choice.finish = part["finish_reason"] or ""
 
     def differences(self, request: Request) -> list[str]:

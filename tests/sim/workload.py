@@ -24,6 +24,7 @@ class Expected:
     token_ids: list[int]
     text: str
     finish: str
+    logprobs: list[float | None] = field(default_factory=list)  # if they are asked for
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ class Workload:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if rng.random() < 0.2 and "seed" in body and "min_tokens" not in body:
             body["stop"] = word(rng.choice(answer(body, body["seed"], choice=0).token_ids))
+        body |= _scores(body)
         return Request(
             name,
             at_s,
@@ -120,17 +122,37 @@ def answer(body: dict[str, Any], seed: int, choice: int) -> Expected:
     keys = values = 0
     fresh = list(body["prompt"])
     tokens: list[int] = []
-    text = ""
+    text = "".join(map(word, fresh)) if body.get("echo") else ""
+    begin, logprobs = len(text), _of_prompt(fresh) if "logprobs" in body and text else []
     while True:
         keys = zlib.crc32(array("i", fresh), keys)
         values = zlib.crc32(array("i", [-token for token in fresh]), values)
         token = arithmetic_token(keys, values, params, len(tokens), VOCAB, choice)
         tokens.append(token)
+        logprobs += [_logprob(keys, token)] if "logprobs" in body else []
         fresh = [token]
         if token in ends and len(tokens) >= body.get("min_tokens", 0):
-            return Expected(tokens, text, "stop")
+            return Expected(tokens, text, "stop", logprobs)
         text += word(token)
-        if "stop" in body and (at := text.find(body["stop"])) >= 0:
-            return Expected(tokens, text[:at], "stop")
+        if "stop" in body and (at := text.find(body["stop"], begin)) >= 0:
+            return Expected(tokens, text[:at], "stop", logprobs)
         if len(tokens) == params.max_tokens:
-            return Expected(tokens, text, "length")
+            return Expected(tokens, text, "length", logprobs)
+
+
+def _scores(body: dict[str, Any]) -> dict[str, Any]:
+    """Some want logprobs and the prompt before the answer. What others ask for does not depend on it."""
+    rng = random.Random(zlib.crc32(array("i", body["prompt"])))
+    return ({"logprobs": rng.choice([0, 2])} if rng.random() < 0.3 else {}) | (
+        {"echo": True} if rng.random() < 0.2 else {}
+    )
+
+
+def _logprob(keys: int, token: int) -> float:
+    """As ArithmeticRunner has it."""
+    return -(1 + (keys ^ token) % VOCAB) / 8
+
+
+def _of_prompt(prompt: list[int]) -> list[float | None]:
+    before = [zlib.crc32(array("i", prompt[:place])) for place in range(1, len(prompt))]
+    return [None, *map(_logprob, before, prompt[1:])]

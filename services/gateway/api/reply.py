@@ -10,6 +10,7 @@ from services.gateway.api.logprobs import (
     ChatLogprobsWriter,
     CompletionLogprobsWriter,
     LogprobsWriter,
+    logprobs_in,
     off_loop,
 )
 from services.gateway.api.responses import ErrorBody, Timings
@@ -113,9 +114,9 @@ class ChoicesReply:
         token_ids = [delta.token_ids for delta in deltas] if self._body.return_token_ids else None
         if self._logprobs is None:
             return as_json(body, token_ids, timings, routes)
-        fields = await self._logprobs.of_choices(deltas), await self._logprobs.of_body(deltas)
-        count = sum(len(delta.tokens) + (len(delta.prompt) if delta.prompt else 0) for delta in deltas)
-        return await off_loop(count * 20, lambda: as_json(body, token_ids, timings, routes, *fields))
+        choices, more = await self._logprobs.of_choices(deltas), await self._logprobs.of_body(deltas)
+        count = sum(map(logprobs_in, [*choices, more])) // 20  # text is copied faster than it is made
+        return await off_loop(count, lambda: as_json(body, token_ids, timings, routes, choices, more))
 
     @property
     def _timings(self) -> Timings | list[Timings] | None:

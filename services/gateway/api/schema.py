@@ -32,6 +32,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
     "logits_processors": ([],),
     "use_beam_search": (False,),
+    "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
 }

@@ -31,9 +31,6 @@ class ScoredPrompt:
     text: str | None  # if the answers begin with it
     parts: Sequence[PromptLogprobs]
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
