@@ -6,7 +6,7 @@ SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway \
-	bench-templates clean
+	bench-templates bench-door clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -107,6 +107,10 @@ bench-templates: setup
 # model (QUICK=1; ARGS="--only stream --concurrency 64 --workers 2+2 --watch").
 bench-gateway: setup
 	@$(PY) -m tests.bench.gateway $(if $(QUICK),--quick) $(ARGS)
+
+# What an API key and its limits cost a request, beside a bare round trip to Redis.
+bench-door: setup
+	@$(PY) -m tests.bench.door
 
 # The C++ kernels with 8-bit weights beside torch in float32: rates, steps and quality
 # (PART=linear|attention|sampling|steps|quality, THREADS=1).

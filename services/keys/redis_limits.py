@@ -17,6 +17,7 @@ from services.keys.memory_limits import CONCURRENT_RETRY_S
 from services.keys.protocol import LEASE_S, WINDOW_S, Limit, Use, Verdict
 from services.store.connection import Call, Script, StoreConnection
 
+TIMEOUT_S = 0.25  # requests wait for the answer, and there is another way
 REFUSALS: tuple[Limit | None, ...] = (None, "concurrent", "requests", "tokens")  # as the script numbers them
 
 _BUCKETS = """
@@ -88,9 +89,9 @@ if running > 5 then redis.call('PEXPIRE', KEYS[2], ARGV[4]) end
 
 
 class RedisLimits:
-    """`url` as in StoreConnection. A request waits for an answer, so `timeout_s` is short."""
+    """`url` as in StoreConnection. Clusters that share one Redis take different namespaces."""
 
-    def __init__(self, url: str, *, timeout_s: float = 0.25, namespace: str = "diptych") -> None:
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S, namespace: str = "diptych") -> None:
         self._store = StoreConnection(url, timeout_s)
         self._namespace = namespace
 
