@@ -42,6 +42,7 @@ _SERVER_OPTIONS = [
     *_OPTIONS,
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
     ("grpc.max_concurrent_streams", STREAMS_MAX),
+    ("grpc.server_handshake_timeout_ms", 5_000),  # a stranger who says nothing; the default is two minutes
 ]
 # A restarted worker must be reachable within a moment, not after the default two minutes.
 _CHANNEL_OPTIONS = [

@@ -156,7 +156,7 @@ def known(address: str) -> Known:
         "presence_penalty": [0.0, 1.0],
         "frequency_penalty": [0.0],
         "repetition_penalty": [1.0, 1.2],
-        "grammar": [""],
+        "grammar": ["", "", 'start: "a"', "start: nobody", "{"],
         "top_logprobs": [0, 2],
         "prompt_logprobs": [0, 2],
         "logit_bias": [1.0],

@@ -1,8 +1,7 @@
 """Who can reach a gateway, and whether that is meant: without API keys only this machine can, unless told."""
 
-import ipaddress
-
 from services.core.errors import ConfigError
+from services.core.loopback import is_loopback
 from services.gateway.config import GatewayConfig
 
 
@@ -24,13 +23,3 @@ def described(config: GatewayConfig) -> str:
     if config.open:
         return "no API keys: open to whoever reaches it (--open)"
     return "no API keys: this machine only"
-
-
-def is_loopback(host: str) -> bool:
-    """Of addresses and `localhost`; another name may mean anything tomorrow."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

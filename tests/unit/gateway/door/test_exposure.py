@@ -3,8 +3,9 @@
 import pytest
 
 from services.core.errors import ConfigError
+from services.core.loopback import is_loopback
 from services.gateway.config import GatewayConfig
-from services.gateway.door.exposure import check_exposure, described, is_loopback
+from services.gateway.door.exposure import check_exposure, described
 from services.gateway.main import serve
 
 ELSEWHERE = ["0.0.0.0", "::", "192.168.1.4", "2001:db8::1", "gateway.example", "", "127.1"]
