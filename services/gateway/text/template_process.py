@@ -63,7 +63,9 @@ def main() -> None:
 
 
 def _resources(limits: Limits) -> dict[int, int]:
-    return {resource.RLIMIT_AS: limits.memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    """Other systems than Linux cannot bound the address space."""
+    memory = {resource.RLIMIT_AS: limits.memory_bytes} if sys.platform == "linux" else {}
+    return {**memory, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
 
 
 def _reply(template: ChatTemplate, body: bytes) -> bytes:

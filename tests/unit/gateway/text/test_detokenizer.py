@@ -107,3 +107,9 @@ def test_an_unknown_decoder_is_refused_with_its_name() -> None:
     backend.decoder = decoders.WordPiece()
     with pytest.raises(ModelFileError, match="WordPiece"):
         TokenBytes(backend)
+
+
+def test_special_tokens_that_are_kept_are_text(token_bytes, tokenizer) -> None:
+    ids = tokenizer.encode("a<filename>b<reponame>", add_special_tokens=False)
+    detokenizer = Detokenizer(token_bytes, kept=frozenset(ids[1:2]))
+    assert "".join(map(detokenizer.feed, ids)) == "a<filename>b"
