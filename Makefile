@@ -104,7 +104,7 @@ bench-templates: setup
 	@$(PY) -m tests.bench.templates
 
 # What one gateway process can do, and what it adds to every token: real gateway and gRPC, workers without a
-# model (QUICK=1; ARGS="--only stream --concurrency 64 --workers 2+2 --watch").
+# model (QUICK=1; ARGS="--only stream --concurrency 64 --workers 2+2 --gateway probe").
 bench-gateway: setup
 	@$(PY) -m tests.bench.gateway $(if $(QUICK),--quick) $(ARGS)
 

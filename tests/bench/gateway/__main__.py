@@ -1,6 +1,7 @@
 """How fast a gateway is: what one process can do, and what it adds to every token.
 
     python -m tests.bench.gateway [--quick] [--workers 2+2] [--only stream ...] [--concurrency 64 ...]
+                                  [--gateway watch|probe]
 
 Real are the gateway process, its Valkey and gRPC; workers are token sources in a second process
 (source.py), clients are raw sockets in a third one. Loads, each with 1, 64 and 512 requests at any moment:
@@ -12,10 +13,11 @@ Real are the gateway process, its Valkey and gRPC; workers are token sources in 
     short    whole answers of a few tokens, from the same sources: the most requests/s
 
 CPU is the gateway process's own, all threads; "per core" is what it could do with the whole of one core at
-the same CPU per token (of "short": per request). `--watch` times every callback of the gateway's event loop.
+the same CPU per token (of "short": per request).
 """
 
 import argparse
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +29,18 @@ from tests.bench.gateway.figures import PART_NAMES, Figures, mean_parts
 from tests.bench.gateway.load import Load
 from tests.bench.gateway.stand import Stand
 
-GATEWAY, WATCHED = "services.launch.cli", "tests.bench.gateway.watched"
+GATEWAYS = {
+    "plain": "services.launch.cli",
+    "watch": "tests.bench.gateway.watched",
+    "probe": "tests.bench.gateway.probed",
+}
 CONCURRENCIES = (1, 64, 512)
 STEPS_PER_S = 40.0
 PREFILL_MS = 10.0
 STREAMED_TOKENS = {1: 8, 64: 96}  # short ones show more first tokens; others as many as an answer has
 ANSWER_TOKENS = 256
 SHORT_TOKENS = 4
+TOLD = re.compile(r"callback|^probe:")
 
 
 def load(name: str, concurrency: int) -> Load:
@@ -107,24 +114,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("stream", "flood", "short"))
     parser.add_argument("--concurrency", nargs="+", type=int, default=CONCURRENCIES)
     parser.add_argument(
-        "--watch", action="store_true", help="time every callback of the gateway's event loop"
+        "--gateway",
+        choices=GATEWAYS,
+        default="plain",
+        help="watch: one that times every callback of its event loop; probe: some parts of a request",
     )
     given = parser.parse_args()
     prefills, decodes = map(int, given.workers.split("+"))
     model = ServedModel.of(open_model(ensure_default_model()))
-    stand = Stand(model, prefills, decodes, WATCHED if given.watch else GATEWAY)
+    stand = Stand(model, prefills, decodes, GATEWAYS[given.gateway])
     warm_up_s, seconds = (3.0, 4.0) if given.quick else (6.0, 12.0)
-    names = given.only or (["stream"] if given.watch else ["stream", "flood", "short"])
+    tells = given.gateway != "plain"
+    names = given.only or (["stream"] if tells else ["stream", "flood", "short"])
     print(HEADER.strip("\n"))
     taken: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             for concurrency in given.concurrency:
-                watch = Path(folder) / f"{name}-{concurrency}" if given.watch else None
-                taken.append(Figures.of(stand.run(load(name, concurrency), warm_up_s, seconds, watch)))
+                log = Path(folder) / f"{name}-{concurrency}"
+                taken.append(Figures.of(stand.run(load(name, concurrency), warm_up_s, seconds, log)))
                 print(row(taken[-1]), flush=True)
-                if watch is not None:
-                    print(*(line for line in watch.read_text().splitlines() if "callback" in line), sep="\n")
+                if tells:
+                    print(*(line for line in log.read_text().splitlines() if TOLD.search(line)), sep="\n")
     print(notes(taken))
     if any(figures.taken.load.timings for figures in taken):
         print(first_token_table(taken))

@@ -62,11 +62,10 @@ class Stand:
         self._model, self._prefills, self._decodes = model, prefills, decodes
         self._gateway = gateway
 
-    def run(self, load: Load, warm_up_s: float, seconds: float, watch: Path | None = None) -> Taken:
-        """A gateway of its own under `load`. `watch`: where its log goes."""
+    def run(self, load: Load, warm_up_s: float, seconds: float, log: Path) -> Taken:
+        """A gateway of its own under `load`. `log`: where its processes' output goes."""
         with tempfile.TemporaryDirectory() as folder, EmbeddedValkey() as valkey:
             port, served_at, seen_at = free_port(), Path(folder) / "served", Path(folder) / "seen"
-            log = watch or Path(folder) / "log"
             ids, characters = answer_of(self._model, load.answer_tokens * 2)
             source = SourceOrder(
                 load=load,
