@@ -40,10 +40,10 @@ DOCUMENTS: dict[str, list[dict[str, Any]]] = {
             "choices": ["Paris", "Rome", "Madrid"],
             "right": right,
         }
-        for right, land in enumerate(("France", "Italy", "Spain"))
+        for right, land in enumerate(("France", "Italy"))
     ],
     "perplexity": [
-        {"text": "The sea is blue — and the sky above it, 日本 included, is bluer still. " * 6},
+        {"text": "The sea is blue — and the sky above it, 日本 included, is bluer still. " * 3},
         {"text": "def add(a, b):\n    return a + b\n"},
     ],
 }
@@ -106,7 +106,7 @@ def test_log_likelihoods_are_those_of_transformers(
         expected = [_likelihood(reference, *client._encode_pair(*pair)) for pair in sample["arguments"]]
         assert [told for ((told, _greedy),) in sample["resps"]] == pytest.approx(expected, abs=CLOSE)
         right += expected.index(max(expected)) == sample["doc"]["right"]
-    assert evaluated["results"]["capitals"]["acc,none"] == right / len(CAPITALS) > 0
+    assert evaluated["results"]["capitals"]["acc,none"] == right / len(DOCUMENTS["capitals"]) > 0
     for sample in evaluated["samples"]["perplexity"]:
         ((text,),), ((told,),) = sample["arguments"], sample["resps"]
         assert told == pytest.approx(_rolling(reference, client, text), abs=CLOSE)
