@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +25,8 @@ from services.gateway.api.responses import ErrorBody, ErrorDetails
 from services.gateway.metrics import GatewayMetrics
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
+Text = TypeVar("Text", str, str | None)
+_QUOTED_MAX = 1000
 # FastAPI's own: what JSON's parser fails at, rather than says no to.
 _MESSAGES = {
     "There was an error parsing the body": "The body cannot be read as JSON: it must be UTF-8, as it is (not "
@@ -97,7 +99,14 @@ def error_response(status: int, body: ErrorBody, headers: dict[str, str] | None 
 
 def _body(message: str, status: int, param: str | None = None, code: str | None = None) -> ErrorBody:
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return ErrorBody(error=ErrorDetails(message=message, type=kind, param=param, code=code))
+    return ErrorBody(error=ErrorDetails(message=_cut(message), type=kind, param=_cut(param), code=code))
+
+
+def _cut(text: Text) -> Text:
+    """It may quote what the client sent, which has megabytes at worst."""
+    if text is None or len(text) <= _QUOTED_MAX:
+        return text
+    return f"{text[:_QUOTED_MAX]}..."
 
 
 def _rate_limit_body(error: RateLimited) -> ErrorBody:

@@ -317,6 +317,17 @@ async def test_a_body_that_cannot_be_read_is_told_why(cluster, content) -> None:
     assert "UTF-8" in answered.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"model": "x" * 10**6}, {"logit_bias": {"x" * 10**6: "y"}}, {"guided_regex": "(" * 10**4}],
+    ids=list,
+)
+async def test_an_error_does_not_quote_megabytes(cluster, bad) -> None:
+    answered = await cluster.http.post("/v1/completions", json={"model": MODEL, "prompt": "hi", **bad})
+    assert answered.status_code in (400, 404)
+    assert len(answered.content) < 3000
+
+
 @pytest.mark.parametrize("name", ["other", "", "\ud800"])
 async def test_an_unknown_model_is_a_404(cluster, name) -> None:
     content = json.dumps({"model": name, "prompt": "hi"})
