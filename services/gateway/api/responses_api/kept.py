@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 from pydantic import TypeAdapter
@@ -49,9 +51,11 @@ class KeptResponses:
 
     async def delete(self, tenant: Tenant, response_id: str) -> None:
         """Raises UnknownResponse or StoreUnavailable."""
-        known = _OURS.fullmatch(response_id)
-        if not known or not await self._history.delete(_owner(tenant), response_id):
+        if not _OURS.fullmatch(response_id):
             raise _unknown(response_id)
+        with _in_clients_words():
+            if not await self._history.delete(_owner(tenant), response_id):
+                raise _unknown(response_id)
 
     async def keep(self, tenant: Tenant, response: ResponseObject, before: list[Item]) -> None:
         """Keep it, or say in it that it is not kept: its client has its answer in any case."""
@@ -71,8 +75,21 @@ class KeptResponses:
     async def _get(self, tenant: Tenant, response_id: str) -> Kept | None:
         if not _OURS.fullmatch(response_id):
             return None
-        document = await self._history.get(_owner(tenant), response_id)
+        with _in_clients_words():
+            document = await self._history.get(_owner(tenant), response_id)
         return None if document is None else msgspec.json.decode(document, type=Kept)
+
+
+@contextmanager
+def _in_clients_words() -> Iterator[None]:
+    """Where Redis is does not concern clients."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        logger.warning("kept answers cannot be reached: %s", error.message)
+        raise StoreUnavailable(
+            "Earlier responses cannot be reached now. Try again in a moment, or send the whole conversation."
+        ) from error
 
 
 def _owner(tenant: Tenant) -> str:

@@ -178,6 +178,7 @@ class TestConversations:
             with pytest.raises(openai.InternalServerError) as failed:
                 await asking
             assert failed.value.status_code == 503
+            assert "send the whole conversation" in failed.value.message
         cluster.history.available = True
         assert (await client.responses.create(**ASK, previous_response_id=first.id)).store
 
