@@ -75,6 +75,7 @@ LogprobsCount = Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)]
 BIASED_TOKENS_MAX = 1024
 BAD_WORDS_MAX = 256
 STOP_TOKENS_MAX = 1024
+VOCABULARY_MAX = 1 << 18  # of known models; so many are checked in 20 ms
 _BadWord = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
@@ -113,7 +114,7 @@ class GenerationRequest(Structured):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=BIASED_TOKENS_MAX)] | None = Field(
         None, description="by token id: added to the token's logit before it is sampled"
     )
-    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=VOCABULARY_MAX)] | None = Field(
         None, description="only these are sampled"
     )
     bad_words: Annotated[list[_BadWord], Field(max_length=BAD_WORDS_MAX, fail_fast=True)] | None = Field(

@@ -21,6 +21,7 @@ from services.gateway.text.tokenizing import THREAD_CHARACTERS_MIN
 
 T = TypeVar("T")
 
+DETOKENIZED_MAX = 1 << 18  # more than a context; so many are checked in 20 ms
 _CHARACTERS_PER_TOKEN = 4  # about: what a token is as work
 
 
@@ -45,7 +46,7 @@ TokenizeRequest = Annotated[
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=DETOKENIZED_MAX)]
 
 
 class Tokenized(BaseModel):

@@ -305,6 +305,14 @@ async def test_a_body_that_is_no_json_object_is_a_400(cluster, content, kind) ->
 
 
 @pytest.mark.parametrize(
+    ("path", "name"), [("/v1/completions", "allowed_token_ids"), ("/detokenize", "tokens")]
+)
+async def test_more_token_ids_than_any_vocabulary_has_are_refused(cluster, path, name) -> None:
+    error = await refused(cluster, path, {"model": MODEL, "prompt": "hi", name: [5] * 300_000})
+    assert error["param"] == name
+
+
+@pytest.mark.parametrize(
     "content",
     [gzip.compress(b"{}"), b'{"prompt": "\xe9"}', b'{"seed": 1' + b"0" * 5000 + b"}", b"[" * 100_000],
     ids=["compressed", "latin-1", "a long number", "deep"],
