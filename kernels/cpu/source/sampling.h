@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -125,7 +126,8 @@ class Sampler {
     int noisiest(const Draw& d) const {
         const uint64_t key = mixed(mixed(uint64_t(d.seed) + uint64_t(d.choice) * GAMMA) + uint64_t(d.index) * GAMMA);
         const double unit = 1.0 / (uint64_t(1) << 53);
-        double best = -INFINITY, scale = INFINITY;  // scale: e^-best, with a margin for the weights' rounding
+        // scale: e^-best, with a margin for the weights' rounding. Finite, so that a weight of 0 never passes.
+        double best = -INFINITY, scale = std::numeric_limits<double>::max();
         int chosen = 0;
         for (int token = 0; token < int(scores_.size()); token++) {
             const uint64_t bits = mixed(key + uint64_t(token + 1) * GAMMA) >> 11 | 1;

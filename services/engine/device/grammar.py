@@ -160,35 +160,41 @@ class Guidance:
 
     def restrict(self, logits: Tensor) -> Tensor:
         """logits: float32 [rows, vocab] after all other changes, left as they are."""
+        if self._rows:
+            logits = self._follow_grammars(logits)
         limited = [row for row, sample in enumerate(self._samples) if _is_limited(sample.params)]
         if not limited:
             return logits
-        logits = logits.clone()
-        for row, guide in zip(self._rows, self._guides, strict=True):
-            self._restrict(logits, row, guide)
-        for row, best in zip(limited, logits[limited].amax(dim=-1).tolist(), strict=True):
-            if best == -torch.inf:
+        best = logits[limited].amax(dim=-1).tolist()
+        if barred := [row for row, top in zip(limited, best, strict=True) if top == -torch.inf]:
+            for row in barred:
                 self.failures.setdefault(row, "the request's parameters together forbid every token")
-                logits[row] = 0.0  # the kernels want something to choose
+            logits = _zeroed(logits, barred)  # the kernels want something to choose
         return logits
 
-    def _restrict(self, logits: Tensor, row: int, guide: Guide) -> None:
+    def _follow_grammars(self, logits: Tensor) -> Tensor:
+        pairs = list(zip(self._rows, self._guides, strict=True))
+        words = torch.from_numpy(np.stack([self._allowed(row, guide) for row, guide in pairs]))
+        if self.complete:
+            logits = _zeroed(logits, list(self.complete))
+        if len(self._rows) == len(logits):
+            return ops.allow(logits, words.to(logits.device))
+        rows = torch.tensor(self._rows, device=logits.device)
+        return logits.index_copy(0, rows, ops.allow(logits[rows], words.to(logits.device)))
+
+    def _allowed(self, row: int, guide: Guide) -> Words:
         """The model's ends may come where the grammar is complete, unless they do not end this answer. Where
         nothing else may come they do, whatever forbade them."""
         assert guide.words is not None
         if guide.matcher.is_error():
             self.failures[row] = f"the answer cannot follow its grammar: {reason(guide.matcher)}"
-            return
+            return np.full_like(guide.words, -1)
         ends = self._grammars.end_ids()
-        others = without(guide.words, ends)
-        if others.any():
-            no_ends = [end for end in ends if end not in self._samples[row].params.end_token_ids]
-            words = without(guide.words, no_ends)
-        else:
-            words = guide.words
-            logits[row] = 0.0
+        if not without(guide.words, ends).any():
             self.complete.add(row)
-        logits[row] = ops.allow(logits[row], torch.from_numpy(words).to(logits.device))
+            return guide.words
+        no_ends = [end for end in ends if end not in self._samples[row].params.end_token_ids]
+        return without(guide.words, no_ends) if no_ends else guide.words
 
     def follow(self, tokens: Sequence[int]) -> None:
         for row, guide in zip(self._rows, self._guides, strict=True):
@@ -206,6 +212,10 @@ def without(words: Words, tokens: Sequence[int]) -> Words:
     return words
 
 
+def _zeroed(logits: Tensor, rows: list[int]) -> Tensor:
+    return logits.index_fill(0, torch.tensor(rows, device=logits.device), 0.0)
+
+
 def _is_limited(params: SamplingParams) -> bool:
-    """Whether tokens may be forbidden."""
-    return bool(params.grammar or params.allowed_token_ids or params.bad_words or params.min_tokens)
+    """Whether more than the grammar, which leaves something, may forbid tokens."""
+    return bool(params.allowed_token_ids or params.bad_words or params.min_tokens)
