@@ -20,7 +20,7 @@ from services.engine.device.grammar import Grammars, Guidance
 from services.engine.device.sampler import sample_tokens
 from services.engine.device.torch_runner import TorchRunner
 from services.engine.engine import Engine
-from services.engine.messages import Drop, DropChoice, Failed, Landed, Limits, Start, Submit, Token
+from services.engine.messages import Drop, Failed, Landed, Limits, Start, Submit, Token
 from services.engine.runner import Sample
 from services.model.files import ModelFiles, open_model
 from services.model.grammar import GrammarVocabulary
@@ -257,22 +257,6 @@ def test_a_grammar_that_does_not_compile_is_refused(model: Model, shared: Engine
     (refused,) = shared.take_report().refused
     assert (refused.seq_id, refused.code) == ("bad", "bad_request")
     assert "missing" in refused.message
-
-
-def test_who_is_dropped_while_its_grammar_compiles_is_gone(model: Model) -> None:
-    engine = model.engine()
-    engine.handle(Submit("a", "local", [3], [], model.params(DATE), choices=(0, 1)))
-    engine.handle(Submit("b", "local", [3], [], model.params(DATE), choices=(0, 1)))
-    assert engine.preparing
-    engine.handle(Drop("a"))
-    engine.handle(DropChoice("b", 0))
-    answers: list[Token] = []
-    while engine.step() or engine.preparing:
-        report = engine.take_report()
-        assert all(admitted.seq_id == "b" for admitted in report.admitted)
-        answers += report.tokens
-    assert {(token.seq_id, token.choice) for token in answers} == {("b", 1)}
-    engine.check_integrity()
 
 
 def test_a_grammar_whose_shared_states_are_exhausted_is_compiled_anew(
