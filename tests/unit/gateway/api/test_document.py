@@ -10,6 +10,13 @@ from services.keys.memory_limits import MemoryLimits
 from tests.support.schemathesis_run import narrowed, schemathesis
 from tests.unit.gateway.in_memory_cluster import MODEL
 
+# Its bodies are those of two other paths, where every field is tried: half of the time.
+SETTINGS = """
+[[operations]]
+include-path = "/v1/route"
+phases.coverage.enabled = false
+"""
+
 
 async def test_every_request_gets_an_answer_that_the_document_has_and_none_a_5xx(
     start_cluster, tmp_path
@@ -20,6 +27,7 @@ async def test_every_request_gets_an_answer_that_the_document_has_and_none_a_5xx
     cluster = await start_cluster(locks=Locks(store, MemoryLimits(SystemClock())))
     document = (await cluster.http.get("/openapi.json")).json()
     operations = sum(len(path) for path in document["paths"].values())
+    (tmp_path / "schemathesis.toml").write_text(SETTINGS)
     said = await schemathesis(
         tmp_path,
         cluster.url,
