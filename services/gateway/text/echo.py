@@ -9,11 +9,31 @@ from services.gateway.text.detokenizer import Detokenizer, TokenBytes
 
 # Logprobs of prompts in one answer: of 9,500 tokens with 20 more each. They are 60 bytes each as JSON.
 SCORES_MAX = 200_000
+# Of the tokens of an answer that is kept until it is whole: of 8,192 tokens with 20 more each, twice. They
+# are about 70 bytes each in memory, and 60 more as JSON.
+WHOLE_SCORES_MAX = 500_000
 _TOKENS_AT_ONCE = 2_000  # decoded on the event loop, in about two milliseconds
 
 
-def check_scores(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises BadRequest if the answer would have too many logprobs of the prompts' tokens."""
+def check_scores(
+    request: GenerationRequest, prompts: Sequence[Sequence[int]], answer_tokens: Sequence[int]
+) -> None:
+    """Raises BadRequest if there could be too many logprobs of the prompts' tokens, or of the answers', which
+    have so many tokens at most."""
+    _check_prompts(request, prompts)
+    top = request.top_logprobs_wanted
+    if top is None or request.stream:
+        return
+    scores = sum(answer_tokens) * request.choices * (top + 1)
+    if scores > WHOLE_SCORES_MAX:
+        raise BadRequest(
+            f"The answer could have {scores} logprobs, but this server gives at most {WHOLE_SCORES_MAX} in "
+            f"one piece. Set '{request.max_tokens_param}', ask for fewer logprobs or answers, or stream.",
+            request.max_tokens_param,
+        )
+
+
+def _check_prompts(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
     echoed_ones = request.top_logprobs_wanted if request.echoes else None
     shown = [top + 1 for top in (request.prompt_logprobs, echoed_ones) if top is not None]
     scores = sum(map(len, prompts)) * request.choices * sum(shown)

@@ -82,7 +82,7 @@ class PromptReader:
             tools=tools,
             kept_tokens=self.model.special_ids(tools.format.markers) if tools else frozenset(),
         )
-        check_scores(request, prompts)
+        check_scores(request, prompts, limits)
         echoes = await echoed(request, prompts, self.model.token_bytes)
         return [
             self._part(request, whole, *own)
