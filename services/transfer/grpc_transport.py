@@ -29,7 +29,7 @@ from services.transfer.inline import Messages, place_inline
 from services.transfer.nixl_reach import Reach
 from services.transfer.protocol import Arrived, FirstToken, KvChunk, KvHeader, KvSource, LendOrder, PullOrder
 from services.transfer.server import KvServer
-from services.wire.channel import TCP, Network, abort, carries_error, from_rpc_error
+from services.wire.channel import TCP, Network, abort, carries_error, from_rpc_error, parsed
 from services.wire.convert import (
     compatibility_from_wire,
     compatibility_to_wire,
@@ -107,14 +107,14 @@ class GrpcKvTransport:
         )
         async with self._calling(source) as channel:
             reply = await transfer_pb2_grpc.KvTransferStub(channel).Lend(request)
-            return int(reply.tokens)
+            return int(parsed(reply, source.worker_id).tokens)
 
     async def release(self, source: KvSource, transfer_id: str) -> bool:
         request = transfer_pb2.ReleaseRequest(transfer_id=transfer_id, epoch=source.epoch)
         async with self._calling(source) as channel:
             stub = transfer_pb2_grpc.KvTransferStub(channel)
             reply = await stub.Release(request, timeout=_RELEASE_DEADLINE_S)
-            return bool(reply.valid)
+            return bool(parsed(reply, source.worker_id).valid)
 
     def abandon(self, source: KvSource, transfer_id: str) -> None:
         task = asyncio.create_task(self._try_release(source, transfer_id))
@@ -143,6 +143,8 @@ class GrpcKvTransport:
             yield peer.channel
         except grpc.aio.AioRpcError as error:
             raise _source_error(error, source) from None
+        except WorkerLost as error:
+            raise KvSourceLost(error.message) from None
         finally:
             peer.calls -= 1
             await self._close_idle()

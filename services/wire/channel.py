@@ -8,12 +8,14 @@ PeerRefused, if it was the peer's certificate).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
 
 from services.core.errors import ConfigError, DiptychError, PeerRefused, WorkerLost, facts, from_label
+
+T = TypeVar("T")
 
 ERROR_LABEL_KEY = "diptych-error"
 MESSAGE_BYTES_MAX = 64 << 20  # KV: one block of a 400-layer float32 model is far below
@@ -107,6 +109,16 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: DiptychErr
         trailing_metadata=((ERROR_LABEL_KEY, known.label),),
     )
     raise AssertionError("abort returned")
+
+
+def parsed(reply: T | None, peer: str) -> T:
+    """The reply of a call; of one that is no message gRPC makes None, with a line in the log.
+
+    Raises WorkerLost.
+    """
+    if reply is None:
+        raise WorkerLost(f"{peer} sent what is not a message")
+    return reply
 
 
 def carries_error(error: grpc.aio.AioRpcError) -> bool:

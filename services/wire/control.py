@@ -3,7 +3,7 @@
 import grpc.aio
 
 from services.core.worker_report import Role
-from services.wire.channel import Network, from_rpc_error
+from services.wire.channel import Network, from_rpc_error, parsed
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 
@@ -19,4 +19,4 @@ async def set_role(network: Network, address: str, worker_id: str, role: Role, t
             reply = await worker_pb2_grpc.ControlStub(channel).SetRole(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, worker_id) from None
-    return str(reply.previous_role)
+    return str(parsed(reply, worker_id).previous_role)

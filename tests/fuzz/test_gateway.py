@@ -24,19 +24,19 @@ from services.history.memory_history import MemoryHistory
 from services.index.memory_index import MemoryPrefixIndex
 from services.membership.memory_membership import MemoryMembership
 from services.wire.channel import listen, new_server
-from services.wire.generated import worker_pb2, worker_pb2_grpc
+from services.wire.generated import worker_pb2
 from tests.fuzz.messages import Known, random_bytes, random_message
 from tests.support.completions import MODEL
 from tests.unit.gateway.in_memory_cluster import in_process
 from tests.unit.gateway.scripted_worker_server import report
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES") or 40) // 4
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES") or 40) // 6
 AT_ONCE = 8
 LENGTH = 5
 NEVER = 2**31  # a token beyond every vocabulary
 
 
-class Nonsense(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.DecodeServicer):
+class Nonsense:
     """Both parts of a worker. It answers with messages that fit the request more or less, unless it is
     `honest`; then it says the token 100 + index until the end."""
 
@@ -46,8 +46,11 @@ class Nonsense(worker_pb2_grpc.PrefillServicer, worker_pb2_grpc.DecodeServicer):
 
     async def Run(self, request: Any, context: Any) -> Any:
         if self.honest:
-            return worker_pb2.PrefillReply(firsts=_tokens(request.sequence, 0))
-        return random_message(worker_pb2.PrefillReply, self.random, _known(request.sequence))
+            return worker_pb2.PrefillReply(firsts=_tokens(request.sequence, 0)).SerializeToString()
+        known = _known(request.sequence)
+        if self.random.random() < 0.05:
+            return random_bytes(worker_pb2.PrefillReply, self.random, known)
+        return random_message(worker_pb2.PrefillReply, self.random, known).SerializeToString()
 
     async def Session(self, commands: Any, context: Any) -> AsyncIterator[bytes]:
         async for command in commands:
@@ -113,15 +116,14 @@ def _known(sequence: Any) -> Known:
 
 
 def _serve(worker: Nonsense, server: grpc.aio.Server) -> None:
-    """As generated code does it, but for the messages of Session, which may be bytes that are none."""
-    worker_pb2_grpc.add_PrefillServicer_to_server(worker, server)
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Session": grpc.stream_stream_rpc_method_handler(
-            worker.Session, worker_pb2.DecodeCommand.FromString, bytes
-        )
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("diptych.v1.Decode", handlers),))
-    server.add_registered_method_handlers("diptych.v1.Decode", handlers)
+    """As generated code does it, but for the answers, which may be bytes that are no messages."""
+    run = grpc.unary_unary_rpc_method_handler(worker.Run, worker_pb2.PrefillRequest.FromString, bytes)
+    session = grpc.stream_stream_rpc_method_handler(
+        worker.Session, worker_pb2.DecodeCommand.FromString, bytes
+    )
+    for service, handlers in (("Prefill", {"Run": run}), ("Decode", {"Session": session})):
+        handler = grpc.method_handlers_generic_handler(f"diptych.v1.{service}", handlers)
+        server.add_generic_rpc_handlers((handler,))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from services.core.worker_report import WorkerReport
 from services.gateway.workers.nonsense import nonsense
 from services.gateway.workers.sequence_wire import cancel_command, event_from_wire, submit_command
 from services.gateway.workers.worker_client import DecodeEvent, OutputToken, Sequence
-from services.wire.channel import from_rpc_error
+from services.wire.channel import from_rpc_error, parsed
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 SequenceKey = tuple[str, int]  # request id, attempt
@@ -108,13 +108,12 @@ class DecodeSession:
         failure: DiptychError = WorkerLost(f"{self._worker.worker_id} closed the connection")
         try:
             async for message in self._call:
-                if message is None:  # gRPC's word for bytes that are no message
-                    failure = WorkerLost(f"{self._worker.worker_id} sent what is not a message")
-                    break
-                for event in message.events:
+                for event in parsed(message, self._worker.worker_id).events:
                     self._deliver(event)
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(error, self._worker.worker_id)
+        except WorkerLost as error:
+            failure = error
         finally:
             self._end(failure)
             self._writing.cancel()

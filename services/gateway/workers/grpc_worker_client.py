@@ -12,7 +12,7 @@ from services.gateway.workers.decode_session import DecodeSession
 from services.gateway.workers.nonsense import nonsense
 from services.gateway.workers.sequence_wire import prefill_from_wire, sequence_to_wire
 from services.gateway.workers.worker_client import DecodeEvent, PrefillResult, Sequence
-from services.wire.channel import TCP, Network, from_rpc_error
+from services.wire.channel import TCP, Network, from_rpc_error, parsed
 from services.wire.generated import worker_pb2, worker_pb2_grpc
 
 
@@ -30,7 +30,7 @@ class GrpcWorkerClient:
             sequence=sequence_to_wire(sequence), epoch=worker.epoch, expect_pull=expect_pull
         )
         try:
-            result = prefill_from_wire(await stub.Run(request))
+            result = prefill_from_wire(parsed(await stub.Run(request), worker.worker_id))
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, worker.worker_id) from error
         except asyncio.CancelledError:
