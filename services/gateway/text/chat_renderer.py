@@ -8,17 +8,15 @@ one for long conversations with it, and one for the templates of clients, so tha
 
 import asyncio
 import logging
-import os
 import pickle
 import signal
-import sys
 from typing import Protocol
 
 import msgspec
 
 from services.core.errors import BadRequest, Overloaded
-from services.core.parent_death import dying_with_parent
-from services.gateway.text.template_process import LENGTH_BYTES, Limits, Refused, Reply, Setup
+from services.gateway.text.child_process import ChildProcess
+from services.gateway.text.template_process import Limits, Refused, Reply, Setup
 from services.model.chat_template import Chat, ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -28,8 +26,6 @@ WAITING_MAX = 1024  # for one child: as many as a gateway lets in by default
 FOREIGN_WAITING_MAX = 16  # for that of clients' templates, each of which may take all of its time
 _WALL_TIMES = 5  # times the processor time allowed: that long it may take on a busy machine
 _START_S = 30.0  # it takes a tenth of a second
-_READ_BYTES = 1 << 20  # the buffer of a reply that is being read
-_INHERITED = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "TZ")  # and no secret
 
 
 class ChatRenderer(Protocol):
@@ -92,15 +88,15 @@ class TemplateChild:
         self._setup, self._waiting_max = setup, waiting_max
         self._waiting = 0
         self._turn = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        self._child = ChildProcess("services.gateway.text.template_process")
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._child.pid
 
     async def start(self) -> None:
         async with self._turn:
-            await self._running()
+            await self._ensure_running()
 
     async def render(self, body: bytes, param: str) -> str:
         if self._waiting >= self._waiting_max:
@@ -117,21 +113,18 @@ class TemplateChild:
 
     async def end(self) -> None:
         """Kill the process. The next to need one starts another."""
-        process, self._process = self._process, None
-        if process is not None:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+        await self._child.end()
 
     async def _reply(self, body: bytes, param: str) -> Reply:
         """A child may also die for no fault of the template: then another one tries, once."""
         for attempt in (1, 2):
-            process = await self._running()
+            await self._ensure_running()
             try:
                 async with asyncio.timeout(self._setup.limits.seconds * _WALL_TIMES):
-                    return await _asked(process, body)
+                    reply: Reply = msgspec.msgpack.decode(await self._child.exchange(body), type=Reply)
+                    return reply
             except (asyncio.IncompleteReadError, ConnectionError):
-                code = await process.wait()
+                code = await self._child.exit_code()
             except TimeoutError:
                 code = -signal.SIGPROF
             except BaseException:
@@ -144,27 +137,19 @@ class TemplateChild:
             logger.error("a process for chat templates ended with code %d (attempt %d)", code, attempt)
         raise BadRequest("The chat template crashes on these messages.", param)
 
-    async def _running(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
-            return self._process
-        await self.end()
-        command = dying_with_parent(
-            [sys.executable, "-m", "services.gateway.text.template_process"], signal.SIGKILL
-        )
-        pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, env=_environment(), limit=_READ_BYTES
-        )
+    async def _ensure_running(self) -> None:
+        if self._child.running:
+            return
+        await self._child.start()
         try:
             async with asyncio.timeout(_START_S):
-                await _exchange(self._process, msgspec.msgpack.encode(self._setup))
+                await self._child.exchange(msgspec.msgpack.encode(self._setup))
         except (asyncio.IncompleteReadError, ConnectionError):
-            code = await self._process.wait()
+            code = await self._child.exit_code()
             raise RuntimeError(f"a process for chat templates ended with code {code} at its start") from None
         except BaseException:
             await self.end()
             raise
-        return self._process
 
 
 def _pickled(chat: Chat) -> bytes:
@@ -173,22 +158,3 @@ def _pickled(chat: Chat) -> bytes:
         return pickle.dumps(chat, protocol=5)
     except RecursionError:
         raise BadRequest("The chat is nested too deeply.", chat.template_param) from None
-
-
-async def _asked(process: asyncio.subprocess.Process, body: bytes) -> Reply:
-    reply: Reply = msgspec.msgpack.decode(await _exchange(process, body), type=Reply)
-    return reply
-
-
-async def _exchange(process: asyncio.subprocess.Process, body: bytes) -> bytes:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(len(body).to_bytes(LENGTH_BYTES, "little"))
-    process.stdin.write(body)
-    await process.stdin.drain()
-    length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "little")
-    return await process.stdout.readexactly(length)
-
-
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in _INHERITED if name in os.environ}

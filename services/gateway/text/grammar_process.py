@@ -4,8 +4,7 @@ A grammar may be made to take for ever, to fill the memory or to overflow the st
 each is tried in a fork of this process, which has the tokenizer and nothing else: the kernel ends a fork that
 takes more processor time than it may, and whatever happens to it happens to that grammar alone.
 
-A frame is 4 bytes of length (little-endian) and a body. The first one is a GrammarVocabulary; the others are
-Asked, each answered by a Reply.
+The first frame is a GrammarVocabulary; the others are Asked, each answered by a Reply.
 """
 
 import os
@@ -15,17 +14,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from services.core.errors import BadRequest, ModelFileError
+from services.gateway.text.frames import read_frame, write_frame
 from services.gateway.text.grammar import Asked, grammar_text
 from services.model.grammar import STACK_BYTES, GrammarVocabulary, compile_grammar, reason
 
-LENGTH_BYTES = 4
 # The longest schemas that are allowed take a tenth of it.
 PROCESSOR_S = 0.5
 _MEMORY_BYTES = 1 << 30  # beside what this process has
@@ -42,16 +40,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway too, which still has requests
     reader, writer = sys.stdin.buffer, sys.stdout.buffer
     try:
-        tokenizer = msgspec.msgpack.decode(_read(reader), type=GrammarVocabulary).load()
+        tokenizer = msgspec.msgpack.decode(read_frame(reader), type=GrammarVocabulary).load()
     except ModelFileError as error:
         unusable = msgspec.msgpack.encode(Reply(error=error.message))
         answer: Callable[[bytes], bytes] = lambda body: unusable  # noqa: E731
     else:
         answer = lambda body: _in_fork(tokenizer, body)  # noqa: E731
-    while body := _read(reader):
-        reply = answer(body)
-        writer.write(len(reply).to_bytes(LENGTH_BYTES, "little") + reply)
-        writer.flush()
+    while body := read_frame(reader):
+        write_frame(writer, answer(body))
 
 
 def tried(tokenizer: LLTokenizer, asked: Asked) -> Reply:
@@ -129,12 +125,6 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, PROCESSOR_S)
-
-
-def _read(reader: BinaryIO) -> bytes:
-    """The next body; empty at the end."""
-    header = reader.read(LENGTH_BYTES)
-    return reader.read(int.from_bytes(header, "little")) if header else b""
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 import asyncio
 import logging
-import os
-import signal
-import sys
 from collections import OrderedDict
 from functools import lru_cache
 from typing import Protocol
@@ -13,9 +10,9 @@ import msgspec
 from llguidance import LLTokenizer
 
 from services.core.errors import BadRequest, EngineFailed, Overloaded
-from services.core.parent_death import dying_with_parent
+from services.gateway.text.child_process import ChildProcess
 from services.gateway.text.grammar import Asked
-from services.gateway.text.grammar_process import LENGTH_BYTES, PROCESSOR_S, Reply, in_large_thread, tried
+from services.gateway.text.grammar_process import PROCESSOR_S, Reply, in_large_thread, tried
 from services.model.grammar import GRAMMAR_CHARACTERS_MAX, GrammarVocabulary
 from services.model.tokenizer import Tokenizer
 
@@ -24,7 +21,6 @@ logger = logging.getLogger(__name__)
 _WAITING_MAX = 64
 _KNOWN_CHARACTERS_MAX = 8 << 20  # of all texts that are remembered, asked and made
 _WALL_S = 20 * PROCESSOR_S  # a machine may be busy; and the process starts within it
-_INHERITED = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "TZ")  # and no secret
 
 
 class Trial(Protocol):
@@ -59,16 +55,16 @@ class ProcessTrial:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._process: asyncio.subprocess.Process | None = None
+        self._child = ChildProcess("services.gateway.text.grammar_process")
 
     async def ask(self, asked: Asked) -> Reply:
         """Raises EngineFailed if the process does not answer, for whatever reason but the grammar."""
         try:
             async with asyncio.timeout(_WALL_S):
-                process = await self._running()
-                return msgspec.msgpack.decode(
-                    await _exchange(process, msgspec.msgpack.encode(asked)), type=Reply
-                )
+                if not self._child.running:
+                    await self._start()
+                answer = await self._child.exchange(msgspec.msgpack.encode(asked))
+                return msgspec.msgpack.decode(answer, type=Reply)
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
             await self.close()
             logger.error("the process that tries grammars does not answer (%r)", error)
@@ -78,25 +74,12 @@ class ProcessTrial:
             raise
 
     async def close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+        await self._child.end()
 
-    async def _running(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
-            return self._process
-        await self.close()
-        module = "services.gateway.text.grammar_process"
-        command = dying_with_parent([sys.executable, "-m", module], signal.SIGKILL)
-        pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, env=_environment()
-        )
+    async def _start(self) -> None:
+        await self._child.start()
         vocabulary = await asyncio.to_thread(GrammarVocabulary.of, self._tokenizer)
-        _send(self._process, msgspec.msgpack.encode(vocabulary))
-        return self._process
+        self._child.send(msgspec.msgpack.encode(vocabulary))
 
 
 class Grammars:
@@ -148,21 +131,3 @@ class Grammars:
 
 def _characters(asked: Asked, reply: Reply) -> int:
     return asked.characters + len(reply.grammar) + len(reply.error) + 1000
-
-
-async def _exchange(process: asyncio.subprocess.Process, body: bytes) -> bytes:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    _send(process, body)
-    await process.stdin.drain()
-    length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "little")
-    return await process.stdout.readexactly(length)
-
-
-def _send(process: asyncio.subprocess.Process, body: bytes) -> None:
-    assert process.stdin is not None
-    process.stdin.write(len(body).to_bytes(LENGTH_BYTES, "little") + body)
-
-
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in _INHERITED if name in os.environ}

@@ -3,22 +3,20 @@
 It imports no more than rendering needs. The kernel ends it when a template takes more processor time than
 it may, whatever the template does; more memory than it may have is an error like any other.
 
-A frame is 4 bytes of length (little-endian) and a body. The first is a Setup, answered by an empty frame;
-the others are pickled Chats, answered by a Rendered or a Refused.
+The first frame is a Setup, answered by an empty one; the others are pickled Chats, each answered by a
+Rendered or a Refused.
 """
 
 import pickle
 import resource
 import signal
 import sys
-from typing import BinaryIO
 
 import msgspec
 
 from services.core.errors import BadRequest
+from services.gateway.text.frames import read_frame, write_frame
 from services.model.chat_template import Chat, ChatTemplate
-
-LENGTH_BYTES = 4
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -50,16 +48,16 @@ Reply = Rendered | Refused
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway too, which still has requests
     reader, writer = sys.stdin.buffer, sys.stdout.buffer
-    setup = msgspec.msgpack.decode(_read(reader), type=Setup)
+    setup = msgspec.msgpack.decode(read_frame(reader), type=Setup)
     template = ChatTemplate(setup.sources, setup.special_tokens)
     for limit, value in _resources(setup.limits).items():
         resource.setrlimit(limit, (value, value))
-    _write(writer, b"")
-    while body := _read(reader):
+    write_frame(writer, b"")
+    while body := read_frame(reader):
         signal.setitimer(signal.ITIMER_PROF, setup.limits.seconds)
         reply = _reply(template, body)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(writer, reply)
+        write_frame(writer, reply)
 
 
 def _resources(limits: Limits) -> dict[int, int]:
@@ -81,18 +79,6 @@ def _reply(template: ChatTemplate, body: bytes) -> bytes:
     except MemoryError:
         problem = "The chat template needs too much memory for these messages."
     return msgspec.msgpack.encode(Refused(problem, param, None))
-
-
-def _read(reader: BinaryIO) -> bytes:
-    """The next body; empty at the end."""
-    header = reader.read(LENGTH_BYTES)
-    return reader.read(int.from_bytes(header, "little")) if header else b""
-
-
-def _write(writer: BinaryIO, body: bytes) -> None:
-    writer.write(len(body).to_bytes(LENGTH_BYTES, "little"))
-    writer.write(body)
-    writer.flush()
 
 
 if __name__ == "__main__":
