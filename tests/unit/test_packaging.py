@@ -60,7 +60,7 @@ def test_every_runtime_import_is_a_declared_dependency() -> None:
     declared = [*project["dependencies"], *project["optional-dependencies"]["worker"]]
     names = {re.split(r"[<>=\[ ]", requirement)[0].replace("-", "_") for requirement in declared}
     # Where the import's name is not the distribution's, and what comes along with a declared one.
-    names |= {"google", "google_crc32c", "grpc", "prometheus_client", "starlette", *RUNTIME}
+    names |= {"google", "google_crc32c", "grpc", "prometheus_client", "pydantic_core", "starlette", *RUNTIME}
     used = {
         name
         for package in RUNTIME
