@@ -152,6 +152,7 @@ def gateway(cluster: RunningCluster, policy: str, fetch: bool, model: Path) -> I
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "DIPTYCH_GATEWAY__REDIS": cluster.state.redis_url,
+        **{f"DIPTYCH_CLUSTER__{name.upper()}": value for name, value in cluster.state.lock.items()},
         "DIPTYCH_GATEWAY__PREFIX_FETCH": str(fetch).lower(),
     }
     with (cluster.home / f"gateway-{policy}").open("wb") as log:

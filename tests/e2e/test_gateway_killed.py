@@ -39,6 +39,7 @@ class Gateway:
             "PYTHONPATH": str(ROOT),
             "DIPTYCH_GATEWAY__REDIS": cluster.state.redis_url,
             "DIPTYCH_GATEWAY__ROUTE_SPLIT": "always",
+            **{f"DIPTYCH_CLUSTER__{name.upper()}": value for name, value in cluster.state.lock.items()},
         }
         self.process = subprocess.Popen(
             dying_with_parent(command, 9), env=environment, stderr=subprocess.DEVNULL
