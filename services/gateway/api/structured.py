@@ -52,8 +52,12 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
     whitespace_pattern: str | None = None
 
-    REFUSED = {"structural_tag": ()}
-    HARMLESS = {"disable_fallback", "disable_any_whitespace", "disable_additional_properties"}
+    REFUSED = {
+        "structural_tag": (),
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+    }
+    HARMLESS = {"disable_fallback"}
 
 
 class Structured(Body):
@@ -83,8 +87,9 @@ class Structured(Body):
 
     @property
     def _whitespace(self) -> str | None:
-        outputs = self.structured_outputs
-        return self.guided_whitespace_pattern or (outputs.whitespace_pattern if outputs else None)
+        if self.guided_whitespace_pattern is not None or self.structured_outputs is None:
+            return self.guided_whitespace_pattern
+        return self.structured_outputs.whitespace_pattern
 
     def _forms(self) -> list[tuple[str, str, Any]]:
         form = self.response_format

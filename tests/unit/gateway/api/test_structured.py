@@ -81,16 +81,17 @@ async def test_other_forms(cluster, fields, grammar) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "pattern"),
     [
-        {"guided_json": SCHEMA, "guided_whitespace_pattern": " ?"},
-        {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}},
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": " ?"}, " ?"),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": ""}, ""),
+        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": ""}}, ""),
     ],
     ids=str,
 )
-async def test_white_space_can_be_chosen(cluster, fields) -> None:
+async def test_white_space_can_be_chosen(cluster, fields, pattern: str) -> None:
     grammar = await grammar_of(cluster, **fields)
-    assert grammar["json_schema"]["x-guidance"]["whitespace_pattern"] == " ?"
+    assert grammar["json_schema"]["x-guidance"]["whitespace_pattern"] == pattern
 
 
 async def test_the_token_that_completes_a_grammar_is_shown_and_an_end_token_is_not(cluster) -> None:
