@@ -133,14 +133,20 @@ def first_problem(problems: Sequence[Any], body: object) -> BadRequest:
     if problems[0]["type"] == "json_invalid":
         reason = problems[0].get("ctx", {}).get("error", problems[0]["msg"])
         return BadRequest(f"The body is not valid JSON: {reason}.")
-    # Of a field that may have one of several types, the problem found deepest is the one that was meant.
+    # Of a field that may have one of several types, the problem found deepest is the one that was meant; of
+    # some that are equally deep one of a value that has the right type.
     of_first_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     paths = [_path(problem, body) for problem in of_first_field]
-    path, problem = max(zip(paths, of_first_field, strict=True), key=lambda located: len(located[0]))
+    path, problem = max(zip(paths, of_first_field, strict=True), key=_likely_meant)
     if not path:
         return BadRequest("The body must be a JSON object, sent with Content-Type: application/json.")
     param = _as_param(path)
     return BadRequest(f"{param}: {problem['msg']}", param)
+
+
+def _likely_meant(located: tuple[list[str | int], Any]) -> tuple[int, bool]:
+    path, problem = located
+    return len(path), not problem["type"].endswith("_type")
 
 
 def _path(problem: Any, body: object) -> list[str | int]:

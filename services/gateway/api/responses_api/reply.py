@@ -51,6 +51,7 @@ class ResponseReply:
         self._tenant = tenant
         self._prompts.check_model(self._body.model)
         check_fields(self._body, strict=self._prompts.strict)
+        self._body.check_echoes()
         before: list[Item] = []
         if self._body.previous_response_id is not None:
             before = await self._kept.conversation(tenant, self._body.previous_response_id)

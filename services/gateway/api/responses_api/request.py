@@ -3,7 +3,9 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
+from services.core.errors import BadRequest
 from services.gateway.api.chat_prompt import MESSAGES_MAX, PARTS_MAX
 from services.gateway.api.fields import Body
 from services.gateway.api.tools import TOOLS_MAX
@@ -180,7 +182,7 @@ class ResponsesRequest(Body):
     stream_options: StreamOptions | None = None
     store: bool | None = Field(None, description="keep the answer for later requests; default true")
     metadata: Annotated[dict[_Key, _Value], Field(max_length=METADATA_MAX)] | None = None
-    user: str | None = None
+    user: Text | None = None
     service_tier: str | None = Field(None, description="priority or flex, like a priority of -1 or 1")
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1: no limit")
     seed: int | None = Field(None, description="the same seed gives the same answer; drawn if not given")
@@ -201,3 +203,14 @@ class ResponsesRequest(Body):
     @property
     def keeps(self) -> bool:
         return self.store is not False
+
+    def check_echoes(self) -> None:
+        """Raise BadRequest for fields that could not be given back, or kept and read again: what a client
+        puts into schemas and into fields without a meaning may hold half of a surrogate pair, or be nested
+        too deeply."""
+        for name in ("input", "text", "tools", "tool_choice"):
+            try:
+                from_json(to_json({"response": {name: getattr(self, name)}}))
+            except (PydanticSerializationError, ValueError):
+                problem = "holds half of a surrogate pair, or is nested too deeply"
+                raise BadRequest(f"'{name}' {problem}; it could not be given back.", name) from None

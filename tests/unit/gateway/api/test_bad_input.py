@@ -225,6 +225,11 @@ async def test_a_bad_chat_request_names_its_parameter(cluster, change, param) ->
     assert cluster.workers.calls == []
 
 
+async def test_of_several_types_the_one_that_was_given_has_the_problem(cluster) -> None:
+    error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": "a", "stop": ["a"] * 5})
+    assert "at most 4 items" in error["message"]
+
+
 @pytest.mark.parametrize(("change", "param"), BAD_EVERYWHERE + BAD_COMPLETION, ids=str)
 async def test_a_bad_completion_request_names_its_parameter(cluster, change, param) -> None:
     error = await refused(cluster, "/v1/completions", {"model": MODEL, "prompt": "hi", **change})

@@ -1,5 +1,7 @@
 """The Responses API over the request path of a chat, through OpenAI's own client."""
 
+import json
+
 import openai
 import pytest
 from pydantic import BaseModel
@@ -9,6 +11,10 @@ from services.gateway.workers.memory_worker_client import ANY_WORKER, Fault
 from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL
 
 ASK = {"model": MODEL, "input": "What is the capital of France?"}
+HALF = "\ud800"  # of a surrogate pair
+DEPTH = 260
+DEEP = json.loads("[" * DEPTH + "]" * DEPTH)
+TOOL = {"type": "function", "name": "f"}
 TEXT_EVENTS = [
     "response.created",
     "response.in_progress",
@@ -277,6 +283,40 @@ class TestBadInput:
         answered = await cluster.http.post("/v1/responses", json=ASK | change)
         assert (answered.status_code, answered.json()["error"]["param"]) == (400, param)
         assert cluster.workers.calls == []
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("change", "param"),
+        [
+            ({"user": HALF}, "user"),
+            ({"input": [{"role": "user", "content": "a", "id": HALF}]}, "input"),
+            ({"input": [{"role": "user", "content": "a", "mood": DEEP}]}, "input"),
+            ({"text": {"format": {"type": "text", "mood": HALF}}}, "text"),
+            ({"tools": [{**TOOL, "parameters": {"title": HALF}}], "tool_choice": "none"}, "tools"),
+            ({"tools": [{**TOOL, "parameters": {"title": DEEP}}], "tool_choice": "none"}, "tools"),
+            (
+                {"tools": [TOOL], "tool_choice": {"type": "function", "name": "f", "mood": HALF}},
+                "tool_choice",
+            ),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    async def test_what_could_not_be_given_back_is_refused(self, cluster, change, param, stream) -> None:
+        body = json.dumps(ASK | change | {"stream": stream})  # in ASCII
+        headers = {"Content-Type": "application/json"}
+        answered = await cluster.http.post("/v1/responses", content=body, headers=headers)
+        assert (answered.status_code, answered.json()["error"]["param"]) == (400, param), answered.text
+        assert cluster.workers.calls == []
+
+    async def test_what_is_nested_as_deeply_as_allowed_can_be_gone_on_from(self, cluster) -> None:
+        for depth in range(DEPTH, 0, -1):
+            item = {"role": "user", "content": "a", "mood": json.loads("[" * depth + "]" * depth)}
+            first = await cluster.http.post("/v1/responses", json=ASK | {"input": [item]})
+            if first.status_code == 200:
+                break
+        assert depth < DEPTH
+        again = ASK | {"previous_response_id": first.json()["id"]}
+        assert (await cluster.http.post("/v1/responses", json=again)).status_code == 200
 
     async def test_an_unknown_model_is_a_404(self, cluster) -> None:
         answered = await cluster.http.post("/v1/responses", json=ASK | {"model": "other"})
