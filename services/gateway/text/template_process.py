@@ -3,8 +3,8 @@
 It imports no more than rendering needs. The kernel ends it when a template takes more processor time than
 it may, whatever the template does; more memory than it may have is an error like any other.
 
-The first frame is a Setup, answered by an empty one; the others are pickled Chats, each answered by a
-Rendered or a Refused.
+The first frame is a Setup, answered by an empty one; the others are lists of pickled Chats, each answered by
+a list of one Rendered or Refused for each.
 """
 
 import pickle
@@ -44,6 +44,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 Reply = Rendered | Refused
 
+_TOO_MUCH_MEMORY = "The chat template needs too much memory for these messages."
+
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway too, which still has requests
@@ -53,11 +55,13 @@ def main() -> None:
     for limit, value in _resources(setup.limits).items():
         resource.setrlimit(limit, (value, value))
     write_frame(writer, b"")
-    while body := read_frame(reader):
-        signal.setitimer(signal.ITIMER_PROF, setup.limits.seconds)
-        reply = _reply(template, body)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        write_frame(writer, reply)
+    while frame := read_frame(reader):
+        replies: list[Reply] = []
+        for body in msgspec.msgpack.decode(frame, type=list[bytes]):
+            signal.setitimer(signal.ITIMER_PROF, setup.limits.seconds)
+            replies.append(_reply(template, body))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        write_frame(writer, _encoded(replies))
 
 
 def _resources(limits: Limits) -> dict[int, int]:
@@ -66,19 +70,28 @@ def _resources(limits: Limits) -> dict[int, int]:
     return {**memory, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
 
 
-def _reply(template: ChatTemplate, body: bytes) -> bytes:
+def _reply(template: ChatTemplate, body: bytes) -> Reply:
     param = "messages"
     try:
         chat: Chat = pickle.loads(body)
         param = chat.template_param
-        return msgspec.msgpack.encode(Rendered(template.render(chat)))
+        text = template.render(chat)
+        text.encode()
+        return Rendered(text)
     except BadRequest as error:
-        return msgspec.msgpack.encode(Refused(error.message, error.param, error.code))
+        return Refused(error.message, error.param, error.code)
     except UnicodeEncodeError:
         problem = "The chat's text holds half of a surrogate pair. Send valid Unicode."
     except MemoryError:
-        problem = "The chat template needs too much memory for these messages."
-    return msgspec.msgpack.encode(Refused(problem, param, None))
+        problem = _TOO_MUCH_MEMORY
+    return Refused(problem, param, None)
+
+
+def _encoded(replies: list[Reply]) -> bytes:
+    try:
+        return msgspec.msgpack.encode(replies)
+    except MemoryError:
+        return msgspec.msgpack.encode([Refused(_TOO_MUCH_MEMORY, None, None)] * len(replies))
 
 
 if __name__ == "__main__":

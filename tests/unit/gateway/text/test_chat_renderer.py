@@ -10,6 +10,7 @@ import pytest
 
 from services.core.errors import BadRequest, Overloaded
 from services.gateway.text.chat_renderer import (
+    BATCH_MAX,
     FOREIGN_WAITING_MAX,
     LONG_BYTES,
     LocalRenderer,
@@ -107,6 +108,29 @@ async def test_a_client_that_goes_leaves_nothing_to_the_next_one(renderer) -> No
     with pytest.raises(asyncio.CancelledError):
         await leaving
     assert await renderer.render(Chat(messages=HELLO, template="mine")) == "mine"
+
+
+async def test_of_chats_that_go_to_a_process_together_one_that_ends_it_harms_no_other() -> None:
+    source = "{% if messages[0].content == 'bad' %}" + ENDLESS + "{% endif %}{{ messages[0].content }}"
+    renderer = ProcessRenderer(ChatTemplate({"default": source}, {}), Limits(seconds=0.2))
+    try:
+        contents = [f"good {n}" for n in range(BATCH_MAX)] + ["bad"] + [f"good {n}" for n in range(20)]
+        chats = [Chat(messages=[{"role": "user", "content": content}]) for content in contents]
+        texts = await asyncio.gather(*map(renderer.render, chats), return_exceptions=True)
+        assert [text for text in texts if isinstance(text, str)] == [c for c in contents if c != "bad"]
+        assert isinstance(texts[BATCH_MAX], BadRequest)
+        assert texts[BATCH_MAX].param == "messages"
+    finally:
+        await renderer.close()
+
+
+async def test_a_process_that_is_killed_under_many_chats_loses_none(renderer) -> None:
+    await renderer.start()
+    chats = [Chat(messages=[{"role": "user", "content": str(n)}]) for n in range(100)]
+    rendering = asyncio.gather(*map(renderer.render, chats))
+    await asyncio.sleep(0)
+    os.kill(renderer.short.pid, signal.SIGKILL)
+    assert await rendering == [f"<s><user>{n}" for n in range(100)]
 
 
 async def test_a_bounded_number_waits_for_clients_templates(renderer) -> None:
