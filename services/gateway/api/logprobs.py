@@ -212,8 +212,13 @@ def logprobs_in(fields: Fields) -> int:
 
 
 async def off_loop(logprobs: int, write: Callable[[], T]) -> T:
-    """Write so many of them, in a thread if they are many."""
-    return await asyncio.to_thread(write) if logprobs > _AT_ONCE else write()
+    """Write so many of them, in a thread if they are many. Others go on between those of two choices, of
+    which an answer may have hundreds."""
+    if logprobs > _AT_ONCE:
+        return await asyncio.to_thread(write)
+    if logprobs:
+        await asyncio.sleep(0)
+    return write()
 
 
 def _text(raw: bytes) -> str:

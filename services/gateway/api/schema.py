@@ -61,7 +61,8 @@ def _kind_of_prompt(prompt: object) -> str:
     return "prompts" if several else _kind_of_one(prompt)
 
 
-StopString = Annotated[Text, Field(min_length=1)]
+# Whether a text's end may become a stop string is looked for at every length.
+StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _TextPrompt = Annotated[Text, Tag("text")]

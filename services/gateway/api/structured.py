@@ -12,7 +12,7 @@ from services.core.errors import BadRequest
 from services.gateway.api.fields import Body
 from services.gateway.text.grammar import Asked
 
-_CHOICES_MAX = 4096
+_CHOICES_MAX = 1999  # as many as llguidance tells apart at one place
 _Choices = Annotated[list[str], Field(min_length=1, max_length=_CHOICES_MAX, fail_fast=True)]
 _Schema = dict[str, Any] | str
 

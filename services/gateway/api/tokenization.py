@@ -21,13 +21,14 @@ from services.gateway.text.tokenizing import THREAD_CHARACTERS_MIN
 
 T = TypeVar("T")
 
+TOKENIZED_MAX = 1 << 20  # characters; their tokens are written in 20 ms, in which nothing else runs
 DETOKENIZED_MAX = 1 << 18  # more than a context; so many are checked in 20 ms
 _CHARACTERS_PER_TOKEN = 4  # about: what a token is as work
 
 
 class TokenizeText(Body):
     model: str | None = None
-    prompt: Text
+    prompt: Annotated[Text, Field(max_length=TOKENIZED_MAX)]
     add_special_tokens: bool | None = Field(None, description="default true, as for a completion")
     return_token_strs: bool | None = None
 

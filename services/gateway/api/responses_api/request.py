@@ -12,6 +12,7 @@ from services.gateway.api.tools import TOOLS_MAX
 from services.gateway.api.unicode_text import Text
 
 METADATA_MAX = 16
+ECHOED_BYTES_MAX = 1 << 20  # of tools or of a form: events of a stream repeat them
 
 
 class TextPart(Body):
@@ -210,7 +211,12 @@ class ResponsesRequest(Body):
         too deeply."""
         for name in ("input", "text", "tools", "tool_choice"):
             try:
-                from_json(to_json({"response": {name: getattr(self, name)}}))
+                written = to_json({"response": {name: getattr(self, name)}})
+                if name != "input" and len(written) > ECHOED_BYTES_MAX:
+                    raise BadRequest(
+                        f"'{name}' has {len(written)} bytes, but at most {ECHOED_BYTES_MAX} are read.", name
+                    )
+                from_json(written)
             except (PydanticSerializationError, ValueError):
                 problem = "holds half of a surrogate pair, or is nested too deeply"
                 raise BadRequest(f"'{name}' {problem}; it could not be given back.", name) from None

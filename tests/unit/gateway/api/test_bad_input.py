@@ -49,6 +49,8 @@ BAD_EVERYWHERE = [
     ({"stop": ["a", ""]}, "stop[1]"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": 7}, "stop"),
+    ({"stop": ["a" * 1001]}, "stop[0]"),
+    ({"guided_choice": [str(n) for n in range(2000)]}, "guided_choice"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"stop_token_ids": [-1] * 12}, "stop_token_ids[0]"),
     ({"stop_token_ids": [10**7]}, "stop_token_ids"),

@@ -1,12 +1,18 @@
 """Logprobs in OpenAI's two shapes and vLLM's: whole, streamed, on every route and with a resume between."""
 
+import asyncio
 import json
+from functools import partial
 from itertools import chain
 
 import pytest
 
+from services.core.child_tasks import ChildTasks
 from services.core.errors import WorkerLost
+from services.core.logprobs import TokenLogprobs
+from services.gateway.api.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from services.gateway.api.responses import ChatCompletion, ChatCompletionChunk, Completion
+from services.gateway.text.answer import ScoredToken, TextDelta
 from services.gateway.workers.memory_worker_client import ANY_WORKER, Fault, scores_of
 from tests.unit.gateway.api.test_token_ids import chunks_of
 from tests.unit.gateway.in_memory_cluster import ANSWER, MODEL
@@ -212,3 +218,22 @@ async def test_a_worker_that_does_not_know_logprobs_of_prompts_is_an_error(clust
     answered = await cluster.http.post("/v1/completions", json=COMPLETION | {"prompt_logprobs": 1})
     assert answered.status_code >= 500
     assert "logprobs" in answered.json()["error"]["message"]
+
+
+async def test_others_go_on_between_the_logprobs_of_two_choices(served_model) -> None:
+    scored = (ScoredToken(1, 0, TokenLogprobs(-1.0, 1)),)
+    deltas = [TextDelta("a", choice=choice, tokens=scored) for choice in range(8)]
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    for form in (ChatLogprobsWriter, partial(CompletionLogprobsWriter, echoes=False)):
+        async with ChildTasks() as tasks:
+            tasks.start(other())
+            turns = 0
+            assert len(await form(served_model.token_bytes, 0, None).of_choices(deltas)) == len(deltas)
+            assert turns >= len(deltas) - 1

@@ -2,6 +2,7 @@
 
 import pytest
 
+from services.gateway.api.tokenization import TOKENIZED_MAX
 from services.gateway.text.tokenizing import THREAD_CHARACTERS_MIN
 from tests.unit.gateway.in_memory_cluster import MODEL
 
@@ -60,13 +61,14 @@ async def test_tokens_are_spelled_as_in_the_vocabulary_if_wanted(cluster) -> Non
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0]"),
+        ("/tokenize", {"prompt": "a" * (TOKENIZED_MAX + 1)}, "prompt"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [1, -1]}, "tokens[1]"),
         ("/detokenize", {"tokens": [10**7]}, "tokens"),
         ("/v1/embeddings", {"input": "a"}, "model"),
         ("/v1/embeddings", {"model": MODEL, "input": "a"}, "model"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 async def test_a_bad_request_names_its_parameter(cluster, path, body, param) -> None:
     answered = await cluster.http.post(path, json=body)
