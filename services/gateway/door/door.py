@@ -1,9 +1,9 @@
 """The door: whose request it is, and whether it may come in. Nothing of its body has been read by then.
 
 Without keys configured anybody may, with any key or none. With keys every path wants one, except those that
-machines ask (health, metrics) and the pages about the API, which say nothing about this cluster. What the
-cluster itself looks like is shown to administrators' keys only. A request that was let in goes on to its end
-when its key is revoked or expires meanwhile.
+machines ask (health, metrics) and the pages about the API, which say nothing about this cluster. The workers'
+whole reports are shown to administrators' keys only. A request that was let in goes on to its end when its
+key is revoked or expires meanwhile.
 """
 
 import asyncio

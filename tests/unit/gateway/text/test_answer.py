@@ -52,10 +52,11 @@ def test_a_stop_string_in_the_last_token_wins_over_length(feed) -> None:
     assert deltas[-1].finish == "stop"
 
 
-def test_stop_strings_count_from_the_minimum_of_tokens_on(feed) -> None:
-    deltas = feed("a b a b a b", stops=["a"], min_tokens=2)
+@pytest.mark.parametrize(("min_tokens", "text"), [(1, ""), (2, "a b "), (3, "a b "), (4, "a b a b ")])
+def test_stop_strings_count_from_the_minimum_of_tokens_on(feed, min_tokens, text) -> None:
+    deltas = feed("a b a b a b", stops=["a"], min_tokens=min_tokens)
     stopped = next(n for n, delta in enumerate(deltas) if delta.finish == "stop")
-    assert text_of(deltas[: stopped + 1]) == "a b "
+    assert text_of(deltas[: stopped + 1]) == text
 
 
 def test_a_cut_character_becomes_a_replacement_at_the_end(feed, tokenizer) -> None:
