@@ -136,3 +136,14 @@ def test_what_no_answer_can_follow_is_refused_with_the_reason(vocabulary, asked:
     assert reason in reply.error
     assert len(reply.error) <= 500
     assert reply.grammar == ""
+
+
+def test_an_ambiguous_grammar_comes_to_an_end_before_its_masks_take_long(vocabulary, tokenizer) -> None:
+    matcher = compile_grammar(vocabulary, 'start: a\na: a a | "x" | "xy" | a "z" a | ')
+    (token,) = tokenizer.encode("x", add_special_tokens=False)
+    for _ in range(200):
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            break
+        matcher.consume_token(token)
+    assert "Too many items" in matcher.get_error()
