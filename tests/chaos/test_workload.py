@@ -2,12 +2,14 @@
 
 import random
 
-from tests.chaos.test_chaos import MINUTE
+from tests.chaos.test_chaos import FORTY_SECONDS
 from tests.chaos.workload import CHOICES_MAX, KINDS, draw_pool
 
 
 def test_each_kind_of_sampling_has_requests_with_several_choices() -> None:
-    several = [ask for ask in draw_pool(MINUTE.pool, random.Random(MINUTE.seed)) if ask.choices > 1]
+    several = [
+        ask for ask in draw_pool(FORTY_SECONDS.pool, random.Random(FORTY_SECONDS.seed)) if ask.choices > 1
+    ]
     assert {ask.kind for ask in several} == set(KINDS)
     assert all(2 <= ask.choices <= CHOICES_MAX for ask in several)
 
