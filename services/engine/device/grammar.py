@@ -7,9 +7,11 @@ the same on P and on D, after a resume, a preemption and a fork: what it has not
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,6 +29,16 @@ from services.model.grammar import STACK_BYTES, compile_grammar, reason
 Words = NDArray[np.int32]  # [.., ceil(vocab / 32)]: bit t % 32 of word t // 32 is set if token t may come
 
 _COMPILED_MAX = 32  # grammars that are kept: usually of less than 1 MB, never of more than about 100 MB
+
+
+# Of one step, for grammars that are compiled anew in it. What would take longer fails instead: everybody's
+# answers wait for a step.
+RENEWALS_S_MAX = 0.05
+
+
+class Compiled(NamedTuple):
+    beginning: LLMatcher
+    seconds: float
 
 
 class Guide:
@@ -51,7 +63,7 @@ class Grammars:
         self._load_tokenizer = load_tokenizer
         self._tokenizer: LLTokenizer | None = None
         self._compiler = ThreadPoolExecutor(1, "grammars")
-        self._compiling: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiling: OrderedDict[str, Future[Compiled]] = OrderedDict()
         self._executor = LLExecutor(threads) if threads > 1 else None
         self._guides: WeakKeyDictionary[Sample, Guide] = WeakKeyDictionary()
 
@@ -72,9 +84,18 @@ class Grammars:
         """Where each answer stands, with what may come next. A matcher that cannot go on says why."""
         guides = [self._guide(sample) for sample in samples]
         self._compute_words(guides)
+        spent_s, renewed = 0.0, set[str]()
         for place, sample in enumerate(samples):
-            if guides[place].matcher.is_error():
-                guides[place] = self._renewed(sample)
+            grammar = sample.params.grammar
+            if not guides[place].matcher.is_error():
+                continue
+            if grammar not in renewed:
+                spent_s += self._compilation(grammar).result().seconds
+                if spent_s > RENEWALS_S_MAX:
+                    break
+                renewed.add(grammar)
+                del self._compiling[grammar]
+            guides[place] = self._renewed(sample)
         return guides
 
     def read(self, guide: Guide, token: int) -> bool:
@@ -92,16 +113,17 @@ class Grammars:
     def _guide(self, sample: Sample) -> Guide:
         guide = self._guides.get(sample)
         if guide is None:
-            beginning = self._compilation(sample.params.grammar).result()
-            guide = self._guides[sample] = Guide(beginning.deep_copy())
+            compiled = self._compilation(sample.params.grammar).result()
+            guide = self._guides[sample] = Guide(compiled.beginning.deep_copy())
         guide.catch_up(sample.output_ids)
         return guide
 
     def _renewed(self, sample: Sample) -> Guide:
-        """Copies of a matcher share what they have explored of the grammar, and its limit: what one cannot do
-        because of the others, one with a matcher of its own still may."""
-        self._compiling.pop(sample.params.grammar, None)
-        self._guides.pop(sample, None)
+        """With a copy of the grammar as it is compiled now.
+
+        Copies of a matcher share what they have explored of the grammar, and its limit: what one cannot do
+        because of those before it, one of a grammar compiled anew still may."""
+        del self._guides[sample]
         guide = self._guide(sample)
         self._compute_words([guide])
         return guide
@@ -121,7 +143,7 @@ class Grammars:
         for guide, row_words in zip(unknown, words, strict=True):
             guide.words = row_words
 
-    def _compilation(self, grammar: str) -> "Future[LLMatcher]":
+    def _compilation(self, grammar: str) -> "Future[Compiled]":
         compiling = self._compiling.get(grammar)
         if compiling is None:
             compiling = self._compiling[grammar] = self._begin(grammar)
@@ -130,17 +152,18 @@ class Grammars:
         self._compiling.move_to_end(grammar)
         return compiling
 
-    def _begin(self, grammar: str) -> "Future[LLMatcher]":
+    def _begin(self, grammar: str) -> "Future[Compiled]":
         usual = threading.stack_size(STACK_BYTES)  # of the thread that this may start
         try:
             return self._compiler.submit(self._compile, grammar)
         finally:
             threading.stack_size(usual)
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, grammar: str) -> Compiled:
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()
-        return compile_grammar(self._tokenizer, grammar)
+        began_s = time.perf_counter()
+        return Compiled(compile_grammar(self._tokenizer, grammar), time.perf_counter() - began_s)
 
 
 class Guidance:

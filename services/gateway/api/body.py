@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope
 
-FAR = 4  # times as large as a body may be
+FAR = 16  # times as large as a body may be
 
 
 @dataclass(slots=True)

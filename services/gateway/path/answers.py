@@ -5,6 +5,7 @@ request is one: the n choices of prompt i are choices i * n to i * n + n - 1, no
 prompts are let in, and the failure of one ends all.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class Answers:
         raised."""
         try:
             for part in self._parts:
+                await asyncio.sleep(0)  # to look for the places of hundreds of prompts holds up nobody else
                 await self._admission.admit(part.ticket)
                 one = part.generation
                 part.journal.admit(len(one.prompt_ids), one.sampling.seed, wants_answer=one.wants_answer)

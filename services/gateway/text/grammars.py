@@ -88,7 +88,7 @@ class Grammars:
     def __init__(self, trial: Trial) -> None:
         self._trial = trial
         self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._trying: dict[Asked, asyncio.Task[Reply]] = {}
         self._known: OrderedDict[Asked, Reply] = OrderedDict()
         self._known_characters = 0
 
@@ -100,33 +100,51 @@ class Grammars:
                 f"'{param}' has {length} characters, but at most {GRAMMAR_CHARACTERS_MAX} can be followed.",
                 param,
             )
-        reply = self._known.get(asked) or await self._tried(asked)
         if asked in self._known:
             self._known.move_to_end(asked)
+        reply = self._known.get(asked) or await self._tried(asked)
         if reply.error:
             raise BadRequest(f"'{param}' cannot be followed: {reply.error}", param)
         return reply.grammar
 
     async def close(self) -> None:
+        for trying in self._trying.values():
+            trying.cancel()
+        if self._trying:
+            await asyncio.wait(self._trying.values())
         await self._trial.close()
 
     async def _tried(self, asked: Asked) -> Reply:
-        if self._waiting >= _WAITING_MAX:
-            raise Overloaded("Too many requests wait for their grammar to be tried.")
-        self._waiting += 1
+        """A trial goes on when its client goes: to end it would cost the next client a new process, and its
+        reply may be asked for again."""
+        trying = self._trying.get(asked)
+        if trying is None:
+            if len(self._trying) >= _WAITING_MAX:
+                raise Overloaded("Too many requests wait for their grammar to be tried.")
+            trying = self._trying[asked] = asyncio.create_task(self._try(asked))
+            trying.add_done_callback(_seen)
+        return await asyncio.shield(trying)
+
+    async def _try(self, asked: Asked) -> Reply:
         try:
             async with self._turn:
-                if asked not in self._known:
-                    self._remember(asked, await self._trial.ask(asked))
-                return self._known[asked]
+                reply = await self._trial.ask(asked)
+            self._remember(asked, reply)
+            return reply
         finally:
-            self._waiting -= 1
+            del self._trying[asked]
 
     def _remember(self, asked: Asked, reply: Reply) -> None:
         self._known[asked] = reply
         self._known_characters += _characters(asked, reply)
         while self._known_characters > _KNOWN_CHARACTERS_MAX:
             self._known_characters -= _characters(*self._known.popitem(last=False))
+
+
+def _seen(trying: asyncio.Task[Reply]) -> None:
+    """Its error is told to whoever waits; nobody may."""
+    if not trying.cancelled():
+        trying.exception()
 
 
 def _characters(asked: Asked, reply: Reply) -> int:

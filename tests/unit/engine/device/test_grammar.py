@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from services.core.block_hash import Compatibility
 from services.core.clock import SystemClock
@@ -276,6 +276,26 @@ def test_a_grammar_whose_shared_states_are_exhausted_is_compiled_anew(
         for seed in range(0, 40, 8)
     ]
     assert [ids(one) for one in answers[::8]] == [ids(one) for one in again]
+
+
+def test_answers_that_fail_together_cost_the_step_one_compilation(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+        compiled.append(grammar)
+        return LLMatcher(tokenizer, grammar)
+
+    monkeypatch.setattr("services.engine.device.grammar.compile_grammar", compile_grammar)
+    grammars = Grammars(GrammarVocabulary.of(model.tokenizer).load, threads=1)
+    beyond = model.tokenizer.encode("no date", add_special_tokens=False)
+    samples = [Sample(model.params(DATE), [1], beyond) for _ in range(16)]
+    assert all(guide.matcher.is_error() for guide in grammars.guides(samples))
+    assert compiled == [DATE] * 2, "at its beginning, and once more for all of them"
+    monkeypatch.setattr("services.engine.device.grammar.RENEWALS_S_MAX", 0.0)
+    assert all(guide.matcher.is_error() for guide in grammars.guides(samples))
+    assert compiled == [DATE] * 2, "a compilation that takes long is not repeated in a step"
 
 
 def test_only_so_many_grammars_are_kept(model: Model) -> None:

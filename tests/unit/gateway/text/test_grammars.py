@@ -84,6 +84,20 @@ async def test_a_grammar_is_tried_once_and_its_failure_is_remembered_too() -> No
     assert trial.asked == [good, bad]
 
 
+async def test_a_trial_goes_on_when_its_client_goes(trial) -> None:
+    grammars = Grammars(trial)
+    await grammars.grammar(DIGITS, "p")
+    pid = trial._child.pid
+    given_up = asyncio.create_task(grammars.grammar(ENDLESS, "p"))
+    await asyncio.sleep(0.05)
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    with pytest.raises(BadRequest, match="takes too long"):
+        await grammars.grammar(ENDLESS, "p")
+    assert trial._child.pid == pid, "the process was replaced"
+
+
 async def test_what_is_remembered_and_who_may_wait_are_bounded() -> None:
     trial = CountingTrial()
     grammars = Grammars(trial)
