@@ -184,10 +184,11 @@ class Visits:
 def _rate_limited(tenant: Tenant, use: Use, verdict: Verdict) -> RateLimited:
     """In OpenAI's words, as far as they are true here."""
     limits, retry_s = tenant.limits, max(verdict.retry_after_s, 0.001)
+    asked = f", Requested {use.tokens}" if use.tokens else ""  # at the door the prompt is not known yet
     reasons = {
         "concurrent": f"requests at the same time: Limit {limits.concurrent}",
         "requests": f"requests per min (RPM): Limit {limits.requests_per_minute}",
-        "tokens": f"tokens per min (TPM): Limit {limits.tokens_per_minute}, Requested {use.tokens}",
+        "tokens": f"tokens per min (TPM): Limit {limits.tokens_per_minute}{asked}",
     }
     assert verdict.refused is not None
     message = f"Rate limit reached for the API key {tenant.name} on {reasons[verdict.refused]}."
