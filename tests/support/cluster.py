@@ -97,7 +97,7 @@ class RunningCluster:
         await until(lambda: line in self.said[after:], timeout_s, lambda: f"`up` said only:\n{self.said}")
 
     def processes(self) -> dict[str, psutil.Process]:
-        """All processes below `up`: "gateway", "valkey", "decode-0", and "decode-0 engine"."""
+        """All below `up`: "gateway", "gateway templates", "valkey", "decode-0", "decode-0 engine"."""
         named: dict[str, psutil.Process] = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # it has ended since
@@ -229,5 +229,7 @@ def _process_name(process: psutil.Process) -> str:
     if "services.engine.process" in command:
         parent = process.parent()
         return f"{_process_name(parent)} engine" if parent else "engine"
+    if "services.gateway.text.template_process" in command:
+        return "gateway templates"
     known = {"gateway": "gateway" in command, "valkey": any("valkey-server" in part for part in command)}
     return next((name for name, matches in known.items() if matches), " ".join(command))
