@@ -213,7 +213,8 @@ class TemplateChild:
                 await self._child.exchange(msgspec.msgpack.encode(self._setup))
         except (asyncio.IncompleteReadError, ConnectionError):
             code = await self._child.exit_code()
-            raise RuntimeError(f"a process for chat templates ended with code {code} at its start") from None
+            await self._child.end()
+            raise _ProcessEnded(code) from None
         except BaseException:
             await self._child.end()
             raise
@@ -221,7 +222,7 @@ class TemplateChild:
 
 class _ProcessEnded(Exception):
     def __init__(self, code: int) -> None:
-        super().__init__(code)
+        super().__init__(f"a process for chat templates ended with code {code}")
         self.code = code  # -N: signal N ended it
 
 

@@ -37,9 +37,13 @@ class ChildProcess:
         )
 
     def send(self, body: bytes) -> None:
+        """Raises ConnectionError if the process has ended."""
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(framed(body))
+        try:
+            self._process.stdin.write(framed(body))
+        except RuntimeError as error:  # what uvloop says of a pipe that it has closed
+            raise ConnectionResetError(f"the child process has ended: {error}") from error
 
     async def exchange(self, body: bytes) -> bytes:
         """Raises IncompleteReadError or ConnectionError if the process ends. Who is interrupted here must end

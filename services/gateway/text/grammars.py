@@ -58,19 +58,29 @@ class ProcessTrial:
         self._child = ChildProcess("services.gateway.text.grammar_process")
 
     async def ask(self, asked: Asked) -> Reply:
-        """Raises EngineFailed if the process does not answer, for whatever reason but the grammar."""
+        """Raises EngineFailed if the process does not answer, for whatever reason but the grammar.
+
+        A process may end for no fault of the grammar, as soon as it is started (a fork beside gRPC's threads
+        sometimes does): then another one tries, once."""
+        for last in (False, True):
+            try:
+                return await self._exchange(asked)
+            except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
+                await self.close()
+                logger.error("the process that tries grammars does not answer (%r)", error)
+                if last or isinstance(error, TimeoutError):
+                    break
+        raise EngineFailed("The grammar could not be tried. Try again in a moment.")
+
+    async def _exchange(self, asked: Asked) -> Reply:
         try:
             async with asyncio.timeout(_WALL_S):
                 if not self._child.running:
                     await self._start()
                 answer = await self._child.exchange(msgspec.msgpack.encode(asked))
                 return msgspec.msgpack.decode(answer, type=Reply)
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
-            await self.close()
-            logger.error("the process that tries grammars does not answer (%r)", error)
-            raise EngineFailed("The grammar could not be tried. Try again in a moment.") from None
         except BaseException:
-            await self.close()  # it is in the middle of something that nobody waits for any more
+            await self.close()  # an answer may be half read
             raise
 
     async def close(self) -> None:

@@ -27,7 +27,8 @@ def choose(request: pytest.FixtureRequest) -> Choose:
 @settings(max_examples=100)
 @given(
     vocab=st.sampled_from([1, 3, 63, 64, 65, 500, 5000, 40_000]),
-    spread=st.sampled_from([1e-4, 1.0, 4.0]),
+    # Not less: both round each weight of top_p's sum to float32, and neighbours must differ by more.
+    spread=st.sampled_from([0.1, 1.0, 4.0]),
     temperature=st.sampled_from([1e-6, 0.3, 0.7, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 2, 40, 400, 10**6]),
     top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),

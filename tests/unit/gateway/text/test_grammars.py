@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 
 import pytest
 
@@ -82,6 +84,12 @@ async def test_a_grammar_is_tried_once_and_its_failure_is_remembered_too() -> No
             await grammars.grammar(bad, "guided_regex")
         assert caught.value.param == "guided_regex"
     assert trial.asked == [good, bad]
+
+
+async def test_a_process_that_somebody_kills_is_replaced_unseen(trial) -> None:
+    await trial.ask(DIGITS)
+    os.kill(trial._child.pid, signal.SIGKILL)
+    assert (await trial.ask(DIGITS)).grammar
 
 
 async def test_a_trial_goes_on_when_its_client_goes(trial) -> None:
