@@ -5,6 +5,7 @@ part in the beginning of a call alone.
 """
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,8 +22,8 @@ _RETIRED_MAX = 1
 class _Around(grpc.aio.Channel):
     """Hands everything on to the channel of the moment."""
 
-    def _inner(self) -> grpc.aio.Channel:
-        raise NotImplementedError
+    @abstractmethod
+    def _inner(self) -> grpc.aio.Channel: ...
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         return self._inner().unary_unary(*args, **kwargs)

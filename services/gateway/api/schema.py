@@ -4,6 +4,7 @@ Bodies are checked on the event loop, so a list is checked only up to its first 
 for each of 300,000 bad token ids would stop every stream for seconds.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, cast
 
@@ -176,9 +177,9 @@ class GenerationRequest(Structured):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    @abstractmethod
     def top_logprobs_wanted(self) -> int | None:
         """Of the answer's tokens; as in SamplingParams."""
-        raise NotImplementedError
 
     @property
     def prompt_logprobs_wanted(self) -> int | None:
