@@ -60,8 +60,7 @@ class ProcessTrial:
     async def ask(self, asked: Asked) -> Reply:
         """Raises EngineFailed if the process does not answer, for whatever reason but the grammar.
 
-        A process may end for no fault of the grammar, as soon as it is started (a fork beside gRPC's threads
-        sometimes does): then another one tries, once."""
+        A process may end for no fault of the grammar: then another one tries, once."""
         for last in (False, True):
             try:
                 return await self._exchange(asked)
