@@ -1,6 +1,9 @@
 """A peer that says nothing is found soon, whether it was connected or not."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -73,3 +76,11 @@ async def test_a_slow_peer_is_not_taken_for_silent(link: TcpProxy, channel: grpc
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(FOUND_S):
             await call.read()
+
+
+def test_grpc_leaves_forks_alone_in_every_process_of_ours() -> None:
+    """See services/__init__.py. What it does is rare: here is only that it was said before gRPC was there."""
+    said = "import sys, services; assert 'grpc' not in sys.modules; import services.wire.channel, os; "
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
+    command = [sys.executable, "-c", said + "print(os.environ['GRPC_ENABLE_FORK_SUPPORT'])"]
+    assert subprocess.run(command, env=environment, check=True, capture_output=True).stdout == b"0\n"
