@@ -2,6 +2,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+# So that the first start need not; where there is no compiler they are not needed (it says what that costs).
+KERNELS := $(VENV)/bin/diptych kernels build || true
 SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
@@ -15,6 +17,7 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@echo "installing the tested set of packages (first time: a few minutes)"
 	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker,nixl,dev]" && $(PIP) --no-compile lm-eval
+	@$(KERNELS)
 	@touch $@ $(VENV)/.run-setup
 
 # What running needs and no more.
@@ -23,6 +26,7 @@ $(VENV)/.run-setup: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@echo "installing what running needs (first time: a few minutes)"
 	@$(PIP) "torch==2.13.0" && $(PIP) -e ".[worker]"
+	@$(KERNELS)
 	@touch $@
 
 demo: run-setup

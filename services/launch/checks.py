@@ -8,17 +8,21 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from kernels.cpu.build import KernelsUnavailable, compiler
 from services.core.errors import ConfigError, DiptychError, ModelFileError, StoreUnavailable
 from services.launch.cluster import claim_port
 from services.model.files import open_model
 from services.model.pull import DEFAULT_MODEL, default_model_path
 from services.store.connection import Call, Script, StoreConnection
 from services.store.embedded import EmbeddedValkey
+from services.worker.config import WorkerConfig
+from services.worker.quantization import choose_quantization
 
 # ok, or something that only some need is missing, or nothing can be served like this
 State = Literal["ok", "warning", "broken"]
@@ -126,6 +130,23 @@ def check_model(chosen: str) -> Finding:
     except ModelFileError as error:
         return Finding(check="model", state="broken", detail=error.message)
     return Finding(check="model", state="ok", detail=f"{files.name} ({files.kind}, {path})")
+
+
+def check_kernels(device: str) -> Finding:
+    """What `--quantization auto` is for a worker on `device`; builds the kernels that it needs."""
+    chosen = choose_quantization(WorkerConfig(device=device), lambda: None)
+    detail = f"--quantization auto is {chosen.name}: {chosen.reason}"
+    if chosen.slower:
+        return Finding(check="kernels", state="warning", detail=f"{detail}; steps take 2 to 6 times as long")
+    return Finding(check="kernels", state="ok", detail=detail + _compiler(chosen.name))
+
+
+def _compiler(quantization: str) -> str:
+    if quantization == "none":
+        return ""
+    with suppress(KernelsUnavailable):
+        return f", {compiler()}"
+    return ", built before: there is no C++ compiler now"
 
 
 def check_device(name: str) -> Finding:

@@ -10,7 +10,20 @@ import sys
 from collections.abc import Sequence
 
 from services.core.errors import ConfigError, DiptychError
-from services.launch import certs, chat, demo, doctor, explain, keys, model, role, service, status, up
+from services.launch import (
+    certs,
+    chat,
+    demo,
+    doctor,
+    explain,
+    kernels,
+    keys,
+    model,
+    role,
+    service,
+    status,
+    up,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     keys.add_parser(commands)
     doctor.add_parser(commands)
     model.add_parser(commands)
+    kernels.add_parser(commands)
     certs.add_parser(commands)
     service.add_parsers(commands)
     return parser

@@ -42,7 +42,7 @@ class ClusterPlan:
     model: Path
     dtype: str
     logs: Path | None
-    quantization: str = "none"  # of the weights
+    quantization: str = "auto"  # of the weights
     redis: str = ""  # empty: an embedded Valkey
     threads: int = 0  # per worker; 0: an equal share of the cores
     blocks: int = 0  # KV blocks per worker; 0: the worker's default

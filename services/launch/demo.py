@@ -17,7 +17,7 @@ from services.launch.lock import load_lock, lock_of_its_own
 from services.launch.model import resolve_model
 from services.launch.openai_client import Message, OpenAiClient, text_of
 from services.launch.signals import run_until_signal
-from services.launch.up import describe_threads
+from services.launch.up import decide_quantization, describe_threads, worker_settings
 from services.model.home import diptych_home
 
 QUESTIONS = ("What is the capital of France?", "What is the capital of Italy?")
@@ -55,13 +55,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     display = Display()
+    model = resolve_model(arguments.model, display)
+    worker = worker_settings(arguments)
     plan = ClusterPlan(
         prefill=1,
         decode=1,
         host="127.0.0.1",
         port=claim_port("127.0.0.1", 0),
-        model=resolve_model(arguments.model, display),
-        dtype="float32",
+        model=model,
+        dtype=worker.dtype,
+        quantization=decide_quantization(worker, display),
         logs=diptych_home() / "logs" / "demo",
         # Such a short prompt would go to the decode worker alone; here both shall be seen at work.
         route_split="always",

@@ -1,5 +1,6 @@
 """What a worker is before it runs: its model, its KV pool's shape, its name and incarnation."""
 
+import logging
 import os
 import secrets
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from services.model.files import ModelFiles, open_model
 from services.model.pool_geometry import PoolGeometry
 from services.model.pull import ensure_default_model
 from services.worker.config import WorkerConfig
+from services.worker.quantization import BUILDING, choose_quantization
 from services.worker.transports import parse_transports
 
 _BLOCK_SIZE_MAX = 512
 # The scheme that an option stands for: another scheme gives other numbers, so it needs another name.
 _QUANTIZATIONS = {"none": "none", "int8": "int8-g32"}  # 8 bits, groups of 32 inputs: kernels/cpu
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,12 @@ class WorkerIdentity:
 
 
 def identify(config: WorkerConfig) -> WorkerIdentity:
-    """Read the model's header and size the pool. Raises ModelFileError or ConfigError."""
+    """Read the model's header and size the pool; build the kernels that are needed.
+
+    Raises ModelFileError or ConfigError.
+    """
     _check(config)
+    quantization = _quantization(config)
     files = open_model(Path(config.model) if config.model else ensure_default_model())
     geometry = _pool_geometry(config, files)
     served_model = config.served_model_name or files.name
@@ -45,7 +53,7 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
         compatibility=Compatibility(
             model=served_model,
             revision=files.revision(),
-            quantization=_QUANTIZATIONS[config.quantization],
+            quantization=_QUANTIZATIONS[quantization],
             kv_dtype=config.dtype,
             block_size=config.block_size,
             layout=geometry.layout,
@@ -53,6 +61,12 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
         context_tokens_max=min(files.config.context_tokens_max, geometry.blocks * config.block_size),
         threads=config.threads or len(os.sched_getaffinity(0)),
     )
+
+
+def _quantization(config: WorkerConfig) -> str:
+    chosen = choose_quantization(config, lambda: logger.info(BUILDING))
+    logger.log(logging.WARNING if chosen.slower else logging.INFO, "%s", chosen)
+    return chosen.name
 
 
 def _pool_geometry(config: WorkerConfig, files: ModelFiles) -> PoolGeometry:

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.kernels import share_kernels
+
 
 def test_the_demo_answers_shows_where_time_went_and_ends_cleanly(tmp_path: Path, default_model: Path) -> None:
     command = [sys.executable, "-m", "services.launch.cli", "demo", "--model", str(default_model)]
+    share_kernels(tmp_path)
     environment = {**os.environ, "DIPTYCH_HOME": str(tmp_path)}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert finished.returncode == 0, finished.stderr

@@ -21,6 +21,7 @@ from services.launch.cluster_state import ClusterState, read_state
 from services.membership.redis_membership import RedisMembership
 from services.wire.channel import TCP
 from services.wire.control import set_role
+from tests.support.kernels import share_kernels
 
 
 class Up:
@@ -83,7 +84,9 @@ def runs(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+    home = tmp_path_factory.mktemp("home")
+    share_kernels(home)
+    return home
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,10 @@ from kernels.cpu.build import LEVELS, KernelsUnavailable, build, processor_level
 
 COMPILER = """#!{python}
 import pathlib, sys, time
-if "--version" in sys.argv:
-    print("a compiler")
-else:
-    time.sleep(0.2)
-    pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("built")
-    with open(pathlib.Path(__file__).parent / "runs", "a") as runs:
-        runs.write("x")
+time.sleep(0.2)
+pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("built")
+with open(pathlib.Path(__file__).parent / "runs", "a") as runs:
+    runs.write("x")
 """
 
 
@@ -51,24 +48,38 @@ def test_processes_that_build_at_once_all_get_a_whole_library(compiler: Path, tm
     root = Path(__file__).resolve().parents[2]
     started = [subprocess.Popen(command, cwd=root) for _ in range(4)]
     assert [process.wait() for process in started] == [0] * 4
-    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 1
+    assert (tmp_path / "runs").read_text() == "x", "one built, the others waited"
 
 
-def test_another_compiler_builds_another_library(
+def test_another_chosen_compiler_builds_another_library(
     compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build(tmp_path / "kernels", "plain")
-    newer = COMPILER.replace("a compiler", "a newer compiler").format(python=sys.executable)
-    install(tmp_path / "compiler", newer, monkeypatch)
+    install(tmp_path / "other", COMPILER.format(python=sys.executable), monkeypatch)
     assert build(tmp_path / "kernels", "plain") != first
 
 
+def test_what_is_built_needs_no_compiler_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    found = tmp_path / "bin" / "c++"
+    found.parent.mkdir()
+    install(found, COMPILER.format(python=sys.executable), monkeypatch)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(found.parent))
+    builds: list[str] = []
+    built = build(tmp_path / "kernels", "plain", on_build=lambda: builds.append("now"))
+    found.unlink()
+    assert build(tmp_path / "kernels", "plain", on_build=lambda: builds.append("again")) == built
+    assert builds == ["now"], "whoever waits is told once"
+
+
 def test_a_failed_build_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "unknown option -std=c++20" >&2\nexit 1\n'
+    script = '#!/bin/sh\necho "unknown option -std=c++20" >&2\nexit 1\n'
     install(tmp_path / "compiler", script, monkeypatch)
     with pytest.raises(KernelsUnavailable, match=r"unknown option -std=c\+\+20"):
         build(tmp_path / "kernels", "plain")
-    assert list((tmp_path / "kernels").iterdir()) == []
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [".lock"]
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(
@@ -76,7 +87,7 @@ def test_without_a_compiler_the_reason_says_what_to_install(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(KernelsUnavailable, match=r"Install g\+\+"):
+    with pytest.raises(KernelsUnavailable, match=r"apt install g\+\+"):
         build(tmp_path, "plain")
 
 

@@ -26,6 +26,7 @@ from services.launch.authority import create_authority
 from services.launch.cluster_state import ClusterState
 from services.launch.https import trusting
 from services.membership.redis_membership import RedisMembership
+from tests.support.kernels import share_kernels
 from tests.support.scrape import Scrape, scrape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,7 @@ class ClusterSpec:
     drain_grace_s: float = 10.0  # of all workers
     redis: str = ""  # URL; without one `up` starts a Valkey
     locked: bool = False  # mutual TLS between its parts, and https
+    quantization: str = "none"  # of the weights
 
 
 class RunningCluster:
@@ -57,6 +59,7 @@ class RunningCluster:
         self.home = home
         arguments = ["up", "--port", "0", "--prefill", str(spec.prefill), "--decode", str(spec.decode)]
         arguments += ["--blocks", str(spec.blocks), "--threads", "1", "--model", str(model)]
+        arguments += ["--quantization", spec.quantization]
         arguments += ["--redis", spec.redis] if spec.redis else []
         command = [sys.executable, "-m", "services.launch.cli", *arguments]
         environment = {
@@ -68,6 +71,7 @@ class RunningCluster:
             "DIPTYCH_WORKER__DRAIN_GRACE_S": str(spec.drain_grace_s),
         }
         home.mkdir(parents=True)
+        share_kernels(home)
         self.authority = create_authority(home / "ca") if spec.locked else None
         if self.authority:
             environment |= _certificates(self.authority.issue("node", ["127.0.0.1"], days=30))

@@ -1,6 +1,7 @@
 """`diptych doctor` finds what is broken, says what to do, and measures the transports."""
 
 import json
+import shutil
 import socket
 from io import StringIO
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kernels.cpu.build import COMPILERS, compiler, processor_level
 from services.launch import checks
 from services.launch.checks import Finding
 from services.launch.cli import main
@@ -37,6 +39,26 @@ def test_nixl_that_is_not_installed_is_a_warning_with_the_remedy(monkeypatch: py
     nixl, grpc = check_transports()
     assert (nixl.state, grpc.state) == ("warning", "ok")
     assert "pip install 'diptych[nixl]'" in nixl.detail
+
+
+def test_without_a_compiler_the_kernels_are_a_warning_with_the_remedy_and_the_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = checks.check_kernels("cpu")
+    assert found.state == "warning"
+    assert "auto is none: there is no C++ compiler (no-such-compiler). Install one" in found.detail
+    assert "2 to 6 times as long" in found.detail
+    gpu = checks.check_kernels("cuda")
+    assert (gpu.state, "auto is none" in gpu.detail) == ("ok", True)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+def test_where_there_are_kernels_their_level_and_the_compiler_are_told() -> None:
+    found = checks.check_kernels("cpu")
+    assert found.state == "ok"
+    assert f"auto is int8: C++ kernels for {processor_level()}, {compiler()}" in found.detail
 
 
 def test_the_embedded_valkey_answers() -> None:

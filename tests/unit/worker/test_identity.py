@@ -33,9 +33,15 @@ def test_every_start_is_a_new_incarnation_of_the_same_model(config: WorkerConfig
 
 
 def test_quantised_weights_have_blocks_of_their_own(config: WorkerConfig) -> None:
-    exact, quantised = identify(config), identify(replace(config, quantization="int8"))
+    exact = identify(replace(config, quantization="none"))
+    quantised = identify(replace(config, quantization="int8"))
     assert exact.compatibility.differences(quantised.compatibility) == ["quantization: none != int8-g32"]
     assert chain_root(exact.compatibility) != chain_root(quantised.compatibility)
+
+
+def test_what_auto_becomes_is_what_a_worker_is_known_by(config: WorkerConfig) -> None:
+    auto = identify(config).compatibility
+    assert auto in [identify(replace(config, quantization=n)).compatibility for n in ("none", "int8")]
 
 
 @pytest.mark.parametrize(
