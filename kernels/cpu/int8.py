@@ -99,7 +99,7 @@ class Int8Kernels:
         `level` is one of kernels.cpu.build.LEVELS (None: the processor's best). Raises KernelsUnavailable.
         """
         self.library = load_library(folder, level or processor_level())
-        self.team = self.library.diptych_team_create(threads)
+        self.team = self.library.diptych_team_create(threads, None, 0, 0)
         self._group: int = self.library.diptych_group()
         self._columns: int = self.library.diptych_columns()
 

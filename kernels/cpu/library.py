@@ -92,7 +92,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "diptych_group": (c_int32, []),
     "diptych_columns": (c_int32, []),
     "diptych_pack": (None, [c_void_p, c_int32, c_int32, c_void_p, c_void_p]),
-    "diptych_team_create": (c_void_p, [c_int32]),
+    "diptych_team_create": (c_void_p, [c_int32, c_void_p, c_int32, c_int32]),
     "diptych_team_destroy": (None, [c_void_p]),
     "diptych_linear": (None, [c_void_p, POINTER(PackedStruct), c_void_p, c_int32, c_void_p]),
     "diptych_attention": (

@@ -1,4 +1,4 @@
-// The Llama-shaped decoder as one run of a team of threads: the same model as
+// The Llama-shaped decoder as phases of a team of threads: the same model as
 // services/engine/device/decoder.py, with its projections quantised as linear.h says.
 #pragma once
 
@@ -91,21 +91,23 @@ class Decoder {
         for (int index = 0; index < batch.sequences; index++)
             for (int query = 0; query < batch.sequence[index].queries; query++)
                 sequence_of_[batch.sequence[index].first + query] = index;
-        team_.run([&](int thread) { compute(batch, *scratch_[thread]); });
+        compute(batch);
+        team_.rest();
     }
 
     // What the last layer left of the last run's tokens stays until the next one.
     void unembed_again(const int32_t* tokens, int32_t count, float* logits) {
-        team_.run([&](int) { unembed(tokens, count, logits); });
+        unembed(tokens, count, logits);
+        team_.rest();
     }
 
    private:
-    // In every thread of the team. Each `share` is a phase that all finish before the next begins.
-    void compute(const Batch& batch, AttentionScratch& scratch) {
+    // Each `share` is a phase that ends before the next begins.
+    void compute(const Batch& batch) {
         team_.share(batch.tokens, [&](int token) { embed(batch, token); });
         for (int index = 0; index < m_.layers; index++) {
             const Layer& layer = m_.layer[index];
-            attend_layer(batch, index, layer, scratch);
+            attend_layer(batch, index, layer);
             add_attention(batch.tokens, layer);
             feed_forward(batch.tokens, layer);
         }
@@ -123,15 +125,15 @@ class Decoder {
         }
     }
 
-    void attend_layer(const Batch& batch, int index, const Layer& layer, AttentionScratch& scratch) {
+    void attend_layer(const Batch& batch, int index, const Layer& layer) {
         normalize(batch.tokens, layer.attention_norm);
         multiply_all(team_, layer.qkv, rows_of(m_.hidden), batch.tokens, [&](int token, int block, const float* y) {
             memcpy(qkv(token) + block * COLUMNS, y, sizeof(float) * COLUMNS);
         });
         team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token); });
         const Attention attention{pool(), index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
-        team_.share(int(items_.size()), [&](int item) {
-            Attending(attention, batch.sequence, items_[item], scratch).run();
+        team_.share(int(items_.size()), [&](int item, int thread) {
+            Attending(attention, batch.sequence, items_[item], *scratch_[thread]).run();
         });
     }
 

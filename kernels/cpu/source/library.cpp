@@ -30,7 +30,10 @@ void diptych_pack(const float* w, int32_t outputs, int32_t inputs, uint8_t* weig
         }
 }
 
-Team* diptych_team_create(int32_t threads) { return new Team(threads); }
+// `slots` null: a worker that shares its cores with nobody.
+Team* diptych_team_create(int32_t threads, CoreSlot* slots, int32_t workers, int32_t slot) {
+    return new Team(threads, Cores(threads, slots, workers, slot));
+}
 void diptych_team_destroy(Team* team) { delete team; }
 
 // y[rows][outputs] = x[rows][inputs] times the weights.
@@ -40,16 +43,15 @@ void diptych_linear(Team* team, const Packed* weight, const float* x, int32_t ro
     std::vector<Activation> q(size_t(rows) * width);
     std::vector<int32_t> begin(size_t(rows) * groups);
     const Rows quantized{groups, q.data(), scale.data(), begin.data()};
-    team->run([&](int) {
-        team->share(rows, [&](int row) {
-            memcpy(&padded[size_t(row) * width], x + size_t(row) * weight->inputs, sizeof(float) * weight->inputs);
-            quantize_row(&padded[size_t(row) * width], quantized, row);
-        });
-        multiply_all(*team, *weight, quantized, rows, [&](int row, int block, const float* values) {
-            const int first = block * COLUMNS, count = std::min(COLUMNS, weight->outputs - first);
-            memcpy(y + size_t(row) * weight->outputs + first, values, sizeof(float) * count);
-        });
+    team->share(rows, [&](int row) {
+        memcpy(&padded[size_t(row) * width], x + size_t(row) * weight->inputs, sizeof(float) * weight->inputs);
+        quantize_row(&padded[size_t(row) * width], quantized, row);
     });
+    multiply_all(*team, *weight, quantized, rows, [&](int row, int block, const float* values) {
+        const int first = block * COLUMNS, count = std::min(COLUMNS, weight->outputs - first);
+        memcpy(y + size_t(row) * weight->outputs + first, values, sizeof(float) * count);
+    });
+    team->rest();
 }
 
 // out[tokens][heads * dim] from q[tokens][heads][dim].
@@ -58,12 +60,11 @@ void diptych_attention(Team* team, const Pool* pool, int32_t layer, int32_t head
     const size_t stride = size_t(heads) * pool->dim;
     const Attention attention{*pool, layer, heads, window, q, stride, out, stride};
     const auto items = attention_items(sequences, count, heads, pool->kv_heads, team->threads());
-    team->run([&](int) {
-        AttentionScratch scratch(attention_rows(heads, pool->kv_heads), pool->dim);
-        team->share(int(items.size()), [&](int index) {
-            Attending(attention, sequences, items[index], scratch).run();
-        });
+    std::vector<AttentionScratch> scratch(team->threads(), AttentionScratch(attention_rows(heads, pool->kv_heads), pool->dim));
+    team->share(int(items.size()), [&](int index, int thread) {
+        Attending(attention, sequences, items[index], scratch[thread]).run();
     });
+    team->rest();
 }
 
 void diptych_rms_norm(const float* x, const float* weight, int32_t rows, int32_t n, float eps, float* y) {
@@ -77,10 +78,11 @@ void diptych_swiglu(const float* gate_up, int32_t rows, float* y) {
 
 // The tokens of logits[rows][vocab], each row by its own draw.
 void diptych_sample(Team* team, const float* logits, int32_t rows, int32_t vocab, const Draw* draws, int64_t* tokens) {
-    team->run([&](int) {
-        Sampler sampler;
-        team->share(rows, [&](int row) { tokens[row] = sampler.draw(logits + size_t(row) * vocab, vocab, draws[row]); });
+    std::vector<Sampler> samplers(team->threads());
+    team->share(rows, [&](int row, int thread) {
+        tokens[row] = samplers[thread].draw(logits + size_t(row) * vocab, vocab, draws[row]);
     });
+    team->rest();
 }
 
 // The team and what the model points to must outlive the decoder.

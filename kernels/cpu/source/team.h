@@ -1,17 +1,26 @@
-// A team of threads that computes one step after the other.
+// A team of threads that computes one phase after the other.
 //
-// A step wakes the team once; inside it the threads meet at barriers, and share the items of each phase
-// by taking the next one, so a thread that the machine holds up delays one item. Who waits looks a few
-// microseconds, because the others are nearly done, and then sleeps: a waiting thread that kept its core
-// would take it from another process that computes.
+// The caller opens a phase and works on it; helpers join where they can. An item is taken from one word
+// (the number of the phase, and how many of its items are left) by compare-and-swap, so nobody waits for a
+// thread that holds no item: helpers that sleep, or that the machine does not run, cost nothing, and one
+// that comes late finds that its phase is over. What describes a phase is read only by who holds items of
+// it, because until these are finished the phase cannot end.
+//
+// Who waits looks for some microseconds, because what it waits for is near, and then sleeps: a thread that
+// kept its core would take it from those it waits for.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
+
+#include "cores.h"
+
+constexpr int LOOKS = 1000;  // some 30 microseconds
 
 static inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -19,85 +28,139 @@ static inline void pause_briefly() {
 #endif
 }
 
-// Sleeps until `word` differs from `seen`, after a short look.
-static inline void await_change(const std::atomic<uint32_t>& word, uint32_t seen) {
-    for (int looks = 0; looks < 500; looks++) {
-        if (word.load(std::memory_order_acquire) != seen) return;
-        pause_briefly();
-    }
-    word.wait(seen, std::memory_order_acquire);
-}
-
 class Team {
    public:
-    explicit Team(int threads) : threads_(threads) {
-        for (int index = 1; index < threads; index++) helpers_.emplace_back([this, index] { serve(index); });
+    // With at most so many threads, the caller's among them, and as many as `cores` gives at each moment.
+    // The number of the first phase is one more than `number`; numbers go round.
+    Team(int threads, Cores cores, uint32_t number = 0)
+        : threads_(threads), cores_(cores), word_(uint64_t(number) << 32), asleep_(new Bell[threads]) {
+        for (int thread = 1; thread < threads; thread++) helpers_.emplace_back([this, thread] { serve(thread); });
     }
 
     ~Team() {
         stopping_ = true;
-        wake();
+        wake(threads_);
         for (auto& helper : helpers_) helper.join();
     }
 
     int threads() const { return threads_; }
 
-    // Calls work(index) once in every thread and returns when all have returned.
-    void run(const std::function<void(int)>& work) {
-        work_ = &work;
-        wake();
-        work(0);
-        barrier();
-    }
-
-    // Every thread calls it at the same point of its work: for each item one of them calls f(item).
-    // Returns when all items are done.
+    // Calls f(item), or f(item, thread), once for each item; returns when all are done. One caller at a time.
     template <typename F>
     void share(int items, F f) {
-        for (int item; (item = next_item_.fetch_add(1, std::memory_order_relaxed)) < items;) f(item);
-        barrier([this] { next_item_.store(0, std::memory_order_relaxed); });
+        cores_.busy_for(BUSY_NS);
+        const int threads = std::min({threads_, items, cores_.mine()});
+        if (threads <= 1) {
+            call<F>(&f, 0, items, 0);
+            return;
+        }
+        open({call<F>, &f, items});
+        wake(threads);
+        work(0);
+        await_finished(items);
     }
 
-    void barrier() {
-        barrier([] {});
-    }
+    // The step is over; its worker will come back soon, or count as idle.
+    void rest() { cores_.busy_for(BETWEEN_NS); }
 
    private:
-    // `last` is called by whoever arrives last, before the others go on.
+    struct Phase {
+        void (*call)(void* work, int first, int end, int thread);
+        void* work;
+        int items;
+    };
+
+    struct alignas(64) Bell {
+        std::atomic<uint32_t> asleep{0};
+    };
+
+    static constexpr uint64_t LEFT = 0xffffffff;
+
     template <typename F>
-    void barrier(F last) {
-        if (threads_ == 1) return last();
-        const uint32_t round = round_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            last();
-            round_.store(round + 1, std::memory_order_release);
-            round_.notify_all();
-        } else {
-            await_change(round_, round);
+    static void call(void* work, int first, int end, int thread) {
+        F& f = *static_cast<F*>(work);
+        for (int item = first; item < end; item++)
+            if constexpr (std::is_invocable_v<F, int, int>) f(item, thread);
+            else f(item);
+    }
+
+    void open(const Phase& phase) {
+        phase_ = phase;
+        finished_.store(0, std::memory_order_relaxed);
+        const uint64_t number = (word_.load(std::memory_order_relaxed) >> 32) + 1;
+        word_.store(number << 32 | uint64_t(phase.items), std::memory_order_seq_cst);
+    }
+
+    // Works on the open phase until no item of it is left, or the thread's core is wanted elsewhere.
+    void work(int thread) {
+        int done = 0;
+        uint64_t word = word_.load(std::memory_order_acquire);
+        while ((word & LEFT) != 0 && (thread == 0 || may_help(thread))) {
+            // Few at a time towards the end, so that all end together.
+            const int left = int(word & LEFT), count = std::max(1, left / (4 * threads_));
+            if (!word_.compare_exchange_weak(word, word - count, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+            const int first = phase_.items - left;
+            phase_.call(phase_.work, first, first + count, thread);
+            done += count;
+            word = word_.load(std::memory_order_acquire);
+        }
+        if (done == 0) return;
+        finished_.fetch_add(done, std::memory_order_release);
+        if (thread != 0) finished_.notify_one();
+    }
+
+    bool may_help(int thread) const { return thread < cores_.mine(); }
+
+    void await_finished(int items) {
+        for (int looks = 0; looks < LOOKS; looks++) {
+            if (finished_.load(std::memory_order_acquire) == items) return;
+            pause_briefly();
+        }
+        for (int finished; (finished = finished_.load(std::memory_order_acquire)) != items;)
+            finished_.wait(finished, std::memory_order_acquire);
+    }
+
+    void serve(int thread) {
+        while (!stopping_.load(std::memory_order_relaxed)) {
+            work(thread);
+            if (!soon(thread)) sleep(thread);
         }
     }
 
-    void serve(int index) {
-        for (uint32_t seen = 0;; seen++) {
-            await_change(runs_, seen);
-            if (stopping_) return;
-            (*work_)(index);
-            barrier();
+    bool wanted(int thread) const { return (word_.load(std::memory_order_seq_cst) & LEFT) != 0 && may_help(thread); }
+
+    // Looks for a while whether there is something to do.
+    bool soon(int thread) const {
+        for (int looks = 0; looks < LOOKS; looks++) {
+            if ((word_.load(std::memory_order_relaxed) & LEFT) != 0) return may_help(thread);
+            pause_briefly();
         }
+        return false;
     }
 
-    void wake() {
-        runs_.fetch_add(1, std::memory_order_release);
-        runs_.notify_all();
+    // Until it is woken. It says that it sleeps before it looks for the last time, and `wake` comes after a
+    // phase is open: one of the two sees the other.
+    void sleep(int thread) {
+        auto& asleep = asleep_[thread].asleep;
+        asleep.store(1, std::memory_order_seq_cst);
+        if (!wanted(thread) && !stopping_) asleep.wait(1);
+        asleep.store(0, std::memory_order_relaxed);
+    }
+
+    // The first so many threads.
+    void wake(int threads) {
+        for (int thread = 1; thread < threads; thread++) {
+            auto& asleep = asleep_[thread].asleep;
+            if (asleep.load(std::memory_order_seq_cst) && asleep.exchange(0)) asleep.notify_one();
+        }
     }
 
     const int threads_;
-    const std::function<void(int)>* work_ = nullptr;
+    Cores cores_;
     std::atomic<bool> stopping_{false};
-    alignas(64) std::atomic<int> next_item_{0};
-    alignas(64) std::atomic<uint32_t> runs_{0};
-    alignas(64) std::atomic<uint32_t> round_{0};
-    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint64_t> word_;  // phase << 32 | items left
+    Phase phase_{};
+    alignas(64) std::atomic<int> finished_{0};  // items of the phase
+    std::unique_ptr<Bell[]> asleep_;
     std::vector<std::thread> helpers_;
 };
