@@ -145,7 +145,7 @@ class Gateway:
         if route is None:
             raise NoWorker("No worker could take the request now.")
         wait_ms = self.queue.wait_s(ticket) * 1e3
-        return route_answer(self.model.name, ticket, route, wait_ms, self.view.reports)
+        return route_answer(self.model.name, ticket, route, wait_ms, self.view.reports, self.view.unpaired)
 
     def _text(self, generation: Generation) -> TokenText:
         if not generation.wants_answer:

@@ -88,6 +88,7 @@ def summary(answer: dict[str, Any]) -> str:
         for worker in answer["cached"]
         if worker["coming_tokens"] > worker["cached_tokens"]
     ]
+    lines += [f"{worker} is in no pair: {why}" for worker, why in answer["unpaired"].items()]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from services.core.pairing import unpaired
 from services.core.worker_report import WorkerReport
 from services.launch.reports import add_source_flags, read_reports
 
@@ -29,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif reports:
         Console().print(table(reports))
         print(LEGEND)
+        for worker, why in unpaired(reports).items():
+            print(f"{worker} shares no request with another worker: {why}")
     else:
         print("no worker is alive")
     return 0

@@ -1,6 +1,6 @@
 """Routes in words that clients understand: the chosen workers, and what each offer would have cost."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from router.state import Offer, Route
 from services.core.worker_report import WorkerReport
@@ -23,7 +23,12 @@ def explained(route: Route) -> ExplainedRoute:
 
 
 def answer(
-    model: str, ticket: Ticket, route: Route, wait_ms: float, workers: Collection[WorkerReport]
+    model: str,
+    ticket: Ticket,
+    route: Route,
+    wait_ms: float,
+    workers: Collection[WorkerReport],
+    unpaired: Mapping[str, str],
 ) -> RouteAnswer:
     """What is expected of a request that has just come, and waits `wait_ms` before it is routed."""
     located = ticket.located
@@ -43,6 +48,7 @@ def answer(
             )
             for report in workers
         ],
+        unpaired=dict(unpaired),
     )
 
 

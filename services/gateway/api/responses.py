@@ -95,6 +95,7 @@ class RouteAnswer(BaseModel):
     expected_wait: float  # milliseconds in the gateway, before it is routed
     route: ExplainedRoute
     cached: list[CachedOn]
+    unpaired: dict[str, str]  # workers that share no request with another one, and why
 
 
 class ScoredChatToken(BaseModel):

@@ -24,7 +24,8 @@ from router.state import WorkerView
 from services.core.block_hash import Compatibility, chain_hashes, chain_root
 from services.core.clock import Clock
 from services.core.errors import StoreUnavailable
-from services.core.worker_report import WorkerKey, WorkerReport
+from services.core.pairing import unpaired
+from services.core.worker_report import Role, WorkerKey, WorkerReport
 from services.gateway.cluster.expected_cache import ExpectedCache, Leading, Noted
 from services.gateway.cluster.in_flight import InFlight
 from services.gateway.workers.worker_client import WorkerClient
@@ -87,6 +88,8 @@ class ClusterView:
         self._heard_at: dict[str, float] = {}  # when a worker's report last changed
         self._suspected_at: dict[WorkerKey, float] = {}
         self._store_answers = True
+        self.unpaired: dict[str, str] = {}  # workers that no other one can share a request with, and why
+        self._alike: set[tuple[str, Role, Compatibility]] = set()  # what that follows from
         self._other_models: dict[str, str] = {}  # by id of a worker that is left out for its model
         self._chain_hashes = lru_cache(CHAINS_KEPT)(_chain_hashes)
         self._index_asked_from = -math.inf
@@ -115,6 +118,7 @@ class ClusterView:
             self.in_flight.lost(worker_id)
             logger.warning("worker left the cluster", extra={"worker_id": worker_id})
         self._suspected_at = {key: at for key, at in self._suspected_at.items() if now - at < SUSPICION_S}
+        self._find_unpaired()
         self.on_refresh()
         await self._workers.keep_only(self._reports.values())
 
@@ -157,6 +161,22 @@ class ClusterView:
                     extra={"worker_id": worker_id},
                 )
         self._other_models = others
+
+    def _find_unpaired(self) -> None:
+        """Tells of each worker once, until its reason changes."""
+        alike = {(w.worker_id, w.role, w.compatibility) for w in self._reports.values()}
+        if alike == self._alike:
+            return
+        self._alike, before = alike, self.unpaired
+        self.unpaired = unpaired(self.reports)
+        for worker_id, why in self.unpaired.items():
+            if before.get(worker_id) != why:
+                logger.warning(
+                    "%s shares no request with another worker: %s",
+                    worker_id,
+                    why,
+                    extra={"worker_id": worker_id},
+                )
 
     @property
     def ready(self) -> bool:

@@ -55,6 +55,7 @@ ANSWER = {
         {"worker": "prefill-1", "role": "prefill", "state": "ready", "cached_tokens": 0, "coming_tokens": 16},
         {"worker": "decode-0", "role": "decode", "state": "ready", "cached_tokens": 336, "coming_tokens": 0},
     ],
+    "unpaired": {"gpu[a]": "no KV can move between it and decode-0: kv_dtype: bfloat16 != float32"},
 }
 
 
@@ -104,6 +105,7 @@ def test_the_decision_is_told_in_words() -> None:
         "first token expected in 130 ms, of it 7 ms wait in the gateway, 20 ms at the worker",
         "prefill-1 fetches 320 tokens from decode-0",
         "prefill-1 will have 16 tokens cached, which it computes now",
+        "gpu[a] is in no pair: no KV can move between it and decode-0: kv_dtype: bfloat16 != float32",
     ]
 
 

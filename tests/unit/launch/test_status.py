@@ -66,18 +66,31 @@ def test_a_worker_s_name_is_shown_as_it_is() -> None:
     assert "gpu[a]" in console.file.getvalue()
 
 
-async def announce(url: str) -> None:
+async def announce(url: str, *reports: WorkerReport) -> None:
     membership = RedisMembership(url, ttl_s=60)
-    await membership.announce(REPORT)
+    for report in reports:
+        await membership.announce(report)
     await membership.close()
 
 
 def test_json_has_all_that_is_in_redis(valkey_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    asyncio.run(announce(valkey_url))
+    asyncio.run(announce(valkey_url, REPORT))
     assert main(["status", "--redis", valkey_url, "--json"]) == 0
     workers = {worker["worker_id"]: worker for worker in json.loads(capsys.readouterr().out)}
     assert workers["decode-7"]["blocks_used"] == 10
     assert workers["decode-7"]["served_model"] == "tiny"
+
+
+def test_workers_that_cannot_share_requests_are_told_of_with_the_reason(
+    valkey_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantised = Compatibility(model="tiny", revision="r", layout="l", quantization="int8-g32")
+    alone = msgspec.structs.replace(REPORT, worker_id="prefill-7", role="prefill", compatibility=quantised)
+    asyncio.run(announce(valkey_url, REPORT, alone))
+    assert main(["status", "--redis", valkey_url]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    why = "no KV can move between it and decode-7: quantization: int8-g32 != none"
+    assert f"prefill-7 shares no request with another worker: {why}" in said
 
 
 def test_an_absent_redis_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
