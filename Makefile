@@ -8,7 +8,7 @@ SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway \
-	bench-templates bench-door clean
+	bench-templates bench-door bench-cpu clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -120,6 +120,13 @@ bench-door: setup
 # (PART=linear|attention|sampling|steps|quality, THREADS=1).
 bench-kernels: setup
 	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART))
+
+# Whole servers side by side: Diptych, llama.cpp, vLLM, transformers; peers are installed and built on first use
+# (QUICK=1, ONLY=diptych,llama.cpp,vllm,transformers, SHAPE=256x64, CONCURRENCY=1,8, ARGS="--resume|--render").
+bench-cpu: setup
+	@$(PIP) matplotlib
+	@$(PY) -m tests.bench.cpu $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(SHAPE),--shapes $(SHAPE)) \
+		$(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(ARGS)
 
 # A call and a transfer of KV with a token and with mutual TLS, beside neither (QUICK=1).
 bench-locks: setup

@@ -1,0 +1,78 @@
+"""What is common to contestants: a server that can be prepared, and started with one of its settings."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from services.model.home import diptych_home
+from tests.bench.cpu.client import Target
+from tests.bench.cpu.load import Cell
+
+Family = Literal["Diptych", "llama.cpp", "vLLM", "transformers"]
+Precision = Literal["4 bits", "8 bits", "float32"]  # of the weights; rows of one are beside each other
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to run a server. Several are tried, and the best one is measured in full."""
+
+    name: str
+    flags: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, object] = field(default_factory=dict)  # what its requests say beside the common fields
+
+    def __str__(self) -> str:
+        environment = [f"{name}={value}" for name, value in self.environment.items()]
+        body = [f"{name}: {value}" for name, value in self.body.items()]
+        return " ".join([*environment, *self.flags, *(["requests with", ", ".join(body)] if body else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that is ready."""
+
+    target: Target
+    pids: Sequence[int]  # the roots of its processes
+    command: str  # as typed, with what matters of its environment
+
+
+class Contestant(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def settings(self) -> Sequence[Setting]: ...
+
+    @property
+    def starts_slowly(self) -> bool:
+        """So that all repetitions share one start, instead of taking turns with others'."""
+        ...
+
+    def prepare(self) -> None:
+        """Install, build, convert: whatever is not there yet. Raises PeerFailed."""
+        ...
+
+    def group(self, cell: Cell) -> Hashable:
+        """Cells of one group are measured with one start of the server."""
+        ...
+
+    def serve(self, setting: Setting, cells: Sequence[Cell], log: Path) -> AbstractContextManager[Served]:
+        """Raises PeerFailed if it does not start."""
+        ...
+
+
+def bench_home() -> Path:
+    """Where peers' installations, builds and converted models stay."""
+    return diptych_home() / "bench"
+
+
+def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), *map(str, command)])
