@@ -52,6 +52,7 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     geometry: PoolGeometry
     compatibility: Compatibility
     limits: Limits
+    compiled: bool = False  # by torch
 
 
 class EngineReady(msgspec.Struct, frozen=True):

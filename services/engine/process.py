@@ -82,6 +82,7 @@ def _build(setup: EngineSetup, pool: memoryview) -> Engine:
         threads=setup.threads,
         device=setup.device,
         quantization=setup.compatibility.quantization,
+        compiled=setup.compiled,
     )
     return Engine(
         runner,

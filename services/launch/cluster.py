@@ -43,6 +43,7 @@ class ClusterPlan:
     dtype: str
     logs: Path | None
     quantization: str = "auto"  # of the weights
+    compile: bool = False  # the torch model
     redis: str = ""  # empty: an embedded Valkey
     threads: int = 0  # per worker; 0: an equal share of the cores
     blocks: int = 0  # KV blocks per worker; 0: the worker's default
@@ -149,6 +150,7 @@ class LocalCluster:
         threads = self._plan.threads or threads_per_worker(usable_cores(), workers)
         flags = ["--role", role, "--worker-id", worker_id, *self._common_flags()]
         flags += ["--dtype", self._plan.dtype, "--quantization", self._plan.quantization]
+        flags += ["--compile"] if self._plan.compile else []
         flags += ["--threads", str(threads)]
         flags += ["--blocks", str(self._plan.blocks)] if self._plan.blocks else []
         environment = {**self._environment("worker"), **thread_environment(threads)}

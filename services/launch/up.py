@@ -21,7 +21,7 @@ from services.model.home import diptych_home
 from services.worker.config import WorkerConfig
 from services.worker.quantization import BUILDING, choose_quantization
 
-WORKER_FLAGS = ("dtype", "quantization")  # of `up`, which are the same as a worker's
+WORKER_FLAGS = ("dtype", "quantization", "compile")  # of `up`, which are the same as a worker's
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -45,6 +45,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=["auto", "int8", "none"],
         help="of the weights; int8: on a CPU, 2 to 6 times as fast, needs a C++ compiler once; auto: int8 "
         "where that is possible and --dtype is float32 (default: auto)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="have torch compile the model's layers (see `diptych worker --help`)",
     )
     parser.add_argument(
         "--redis",
@@ -90,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         model=model,
         dtype=worker.dtype,
         quantization=decide_quantization(worker, display),
+        compile=worker.compile,
         logs=None if arguments.verbose else diptych_home() / "logs",
         redis=arguments.redis or os.environ.get("DIPTYCH_UP__REDIS", ""),
         threads=arguments.threads,

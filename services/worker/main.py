@@ -225,6 +225,7 @@ class Worker:
                 chunk_tokens_max=config.chunk_tokens_max,
                 step_ms_target=config.step_ms_target,
             ),
+            compiled=config.compile,
         )
 
     def _on_report(self, report: Report) -> None:

@@ -33,8 +33,10 @@ class Quantization:
 def choose_quantization(config: WorkerConfig, on_build: Callable[[], object]) -> Quantization:
     """Builds the kernels if they are needed and not there, after a call of `on_build`.
 
-    Raises ConfigError if int8 is demanded and there can be no kernels.
+    Raises ConfigError if int8 is demanded and there can be no kernels, or if it is to be compiled by torch.
     """
+    if config.compile:
+        return _for_torch(config)
     if config.quantization == "none":
         return Quantization("none", "as demanded")
     if config.quantization == "auto" and (config.device, config.dtype) != ("cpu", "float32"):
@@ -45,6 +47,15 @@ def choose_quantization(config: WorkerConfig, on_build: Callable[[], object]) ->
         if config.quantization == "int8":
             raise ConfigError(f"--quantization int8: {error}; or use --quantization none") from None
         return Quantization("none", str(error), slower=True)
+
+
+def _for_torch(config: WorkerConfig) -> Quantization:
+    if config.quantization == "int8":
+        raise ConfigError(
+            "--quantization int8 has nothing for --compile, which is for the torch model. "
+            "Leave --compile out, or use --quantization none"
+        )
+    return Quantization("none", "--compile is for the torch model")
 
 
 def build_kernels(on_build: Callable[[], object]) -> str:

@@ -1,12 +1,12 @@
 """The C++ kernels with 8-bit weights beside torch in float32, on the shapes of the default model.
 
-    python -m tests.bench.kernels [--part linear|attention|sampling|steps|logprobs|quality]
+    python -m tests.bench.kernels [--part linear|attention|sampling|steps|compile|logprobs|quality]
                                   [--threads N] [--rounds N]
 
 Both sides of a line run by turns, and the line shows the best time of each: other work on the machine only
 ever adds time. Rates count the same operations for both (2 per weight and row; 4 per query, key and
-dimension). `logprobs` has one step without and with them.
-`quality` runs both models over English text that Python ships (the topics of `help()`) and
+dimension). `logprobs` has one step without and with them, `compile` torch's steps with `--compile` and
+without. `quality` runs both models over English text that Python ships (the topics of `help()`) and
 compares their distributions of each next token.
 """
 
@@ -158,16 +158,21 @@ class Bench:
             print(f"{name:29s}{near * 1e3:7.2f} ms{exact * 1e3:7.2f} ms{exact / near:7.1f}x")
 
     def steps(self) -> None:
-        near, exact = self._runners()
-        print(f"\n{f'step, {CONTEXT} tokens of context':29s}{'int8':>10s}{'float32':>10s}{'ratio':>8s}")
-        steps = {
-            f"{count} decoding": [Row([5], CONTEXT - 1, table, [GREEDY]) for table in _tables(count)]
-            for count in SEQUENCES
-        }
-        steps[f"prompt of {CONTEXT}"] = [Row([7] * CONTEXT, 0, _tables(1)[0], [GREEDY])]
-        for name, rows in steps.items():
+        self._compare_steps("int8", "float32", *self._runners())
+
+    def compiled(self) -> None:
+        started_s = time.perf_counter()
+        plain = self._runner("none")
+        loaded_s = time.perf_counter()
+        compiled = self._runner("none", compiled=True)
+        print(f"\nstart: {loaded_s - started_s:.1f} s, with --compile {time.perf_counter() - loaded_s:.1f} s")
+        self._compare_steps("--compile", "without", compiled, plain)
+
+    def _compare_steps(self, near_name: str, exact_name: str, near: TorchRunner, exact: TorchRunner) -> None:
+        print(f"\n{f'step, {CONTEXT} tokens of context':29s}{near_name:>10s}{exact_name:>10s}{'ratio':>8s}")
+        for name, rows in _steps().items():
             fast, slow = best_times([partial(near.run, rows), partial(exact.run, rows)], self._rounds)
-            print(f"{name:29s}{fast * 1e3:7.1f} ms{slow * 1e3:7.1f} ms{slow / fast:7.1f}x")
+            print(f"{name:29s}{fast * 1e3:7.1f} ms{slow * 1e3:7.1f} ms{slow / fast:7.2f}x")
 
     def logprobs(self) -> None:
         scored = Sample(SamplingParams(max_tokens=1, temperature=0, top_logprobs=5), [], [])
@@ -208,12 +213,27 @@ class Bench:
         )
 
     def _runners(self) -> tuple[TorchRunner, TorchRunner]:
+        return self._runner("int8-g32"), self._runner("none")
+
+    def _runner(self, quantization: str, compiled: bool = False) -> TorchRunner:
         geometry = self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE)
-        near, exact = (
-            TorchRunner(self._files, geometry, None, threads=self._threads, quantization=quantization)
-            for quantization in ("int8-g32", "none")
+        return TorchRunner(
+            self._files,
+            geometry,
+            None,
+            threads=self._threads,
+            quantization=quantization,
+            compiled=compiled,
         )
-        return near, exact
+
+
+def _steps() -> dict[str, list[Row]]:
+    """Decode steps of some sizes, and a prompt."""
+    steps = {
+        f"{count} decoding": [Row([5], CONTEXT - 1, table, [GREEDY]) for table in _tables(count)]
+        for count in SEQUENCES
+    }
+    return steps | {f"prompt of {CONTEXT}": [Row([7] * CONTEXT, 0, _tables(1)[0], [GREEDY])]}
 
 
 def _projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -255,7 +275,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["linear", "attention", "sampling", "steps", "logprobs", "quality"])
+    names = ["linear", "attention", "sampling", "steps", "compile", "logprobs", "quality"]
+    parser.add_argument("--part", choices=names)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--pieces", type=int, default=8, help=f"of {WINDOW} tokens, for the quality")
@@ -268,6 +289,7 @@ def main() -> None:
         "attention": bench.attention,
         "sampling": bench.sampling,
         "steps": bench.steps,
+        "compile": bench.compiled,
         "logprobs": bench.logprobs,
         "quality": lambda: bench.quality(arguments.pieces),
     }

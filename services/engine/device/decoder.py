@@ -51,27 +51,39 @@ class Decoder:
 
     def _hidden(self, batch: Batch) -> Tensor:
         """After the last layer: [tokens, hidden]."""
-        eps = self._config.rms_norm_eps
         hidden = F.embedding(batch.tokens, self._weights.embedding)
         angles = ops.rope_angles(batch.positions, self._frequencies, hidden.dtype)
         for index, layer in enumerate(self._weights.layers):
-            normal = ops.rms_norm(hidden, layer.attention_norm, eps)
-            hidden = hidden + self._attention(index, layer, normal, angles, batch)
-            normal = ops.rms_norm(hidden, layer.mlp_norm, eps)
-            hidden = hidden + ops.linear(ops.swiglu(ops.linear(normal, layer.gate_up)), layer.down)
+            hidden = self._layer(index, layer, hidden, angles, batch)
         return hidden
 
-    def _attention(
-        self, index: int, layer: LayerWeights[Tensor], x: Tensor, angles: tuple[Tensor, Tensor], batch: Batch
+    def _layer(
+        self,
+        index: int,
+        layer: LayerWeights[Tensor],
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: Batch,
     ) -> Tensor:
         c = self._config
-        qkv = ops.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, c.head_dim)
+        normal = ops.rms_norm(hidden, layer.attention_norm, c.rms_norm_eps)
+        qkv = self._linear(normal, layer.qkv, layer.qkv_bias).view(len(hidden), -1, c.head_dim)
         qk, v = torch.split(qkv, [c.heads + c.kv_heads, c.kv_heads], dim=1)
         if layer.qk_norm is not None:
             qk = ops.rms_norm(qk, layer.qk_norm, c.rms_norm_eps)
         q, k = torch.split(ops.apply_rope(qk, *angles), [c.heads, c.kv_heads], dim=1)
+        attended = self._attend(index, q, k, v, batch)
+        hidden = hidden + self._linear(attended, layer.attention_output)
+        normal = ops.rms_norm(hidden, layer.mlp_norm, c.rms_norm_eps)
+        return hidden + self._linear(ops.swiglu(self._linear(normal, layer.gate_up)), layer.down)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.linear(x, weight, bias)
+
+    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """Writes k and v; [tokens, heads * head_dim]."""
         ops.kv_write(self._pool, index, k, v, batch.blocks, batch.offsets)
-        return ops.linear(ops.paged_attention(q, self._pool, index, batch.attention), layer.attention_output)
+        return ops.paged_attention(q, self._pool, index, batch.attention)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

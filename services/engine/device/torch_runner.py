@@ -60,19 +60,20 @@ class TorchRunner:
         threads: int,
         device: str = "cpu",
         quantization: str = "none",
+        compiled: bool = False,
     ) -> None:
         """Loads the model, which takes seconds.
 
         `pool` is memory shared with the I/O process, of geometry.bytes zeros (CPU only); None: the
         runner allocates the pool on its device. `threads` are this process's CPU threads for computing.
 
-        Raises ModelFileError, or ConfigError if the geometry is not the model's or the quantisation is
-        not possible here.
+        Raises ModelFileError, or ConfigError if the geometry is not the model's, or the quantisation or
+        compiling is not possible here.
         """
         _check_geometry(files.config, geometry)
         _set_threads(threads)
         self.pool = _pool_tensor(geometry, pool, device)
-        self._decoder = _decoder(files, self.pool, threads, quantization)
+        self._decoder = _decoder(files, self.pool, threads, quantization, compiled)
         self._grammars = Grammars(
             lambda: GrammarVocabulary.of(files.tokenizer(), files.config.vocab_size).load(), threads
         )
@@ -145,10 +146,15 @@ class TorchRunner:
         return logits[order]
 
 
-def _decoder(files: ModelFiles, pool: Tensor, threads: int, quantization: str) -> Computation:
+def _decoder(files: ModelFiles, pool: Tensor, threads: int, quantization: str, compiled: bool) -> Computation:
     if quantization != "none":
         return load_int8_decoder(files, pool, threads)
-    return Decoder(files.config, load_weights(files, pool.dtype, pool.device, TORCH_PACKING), pool)
+    weights = load_weights(files, pool.dtype, pool.device, TORCH_PACKING)
+    if compiled:
+        from services.engine.device.compiled_decoder import CompiledDecoder  # importing it takes seconds
+
+        return CompiledDecoder(files.config, weights, pool)
+    return Decoder(files.config, weights, pool)
 
 
 def _check_geometry(config: ModelConfig, geometry: PoolGeometry) -> None:

@@ -54,8 +54,15 @@ def test_without_a_compiler_int8_that_is_demanded_is_an_error(capsys: pytest.Cap
 
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
-    "settings", [{"device": "cuda"}, {"dtype": "bfloat16"}, {"quantization": "none"}], ids=str
+    "settings",
+    [{"device": "cuda"}, {"dtype": "bfloat16"}, {"quantization": "none"}, {"compile": True}],
+    ids=str,
 )
 def test_where_int8_is_not_for_it_is_no_loss_and_needs_no_compiler(settings: dict[str, Any]) -> None:
     chosen = choose_quantization(WorkerConfig(**settings), nothing_is_built)
     assert (chosen.name, chosen.slower) == ("none", False)
+
+
+def test_8_bit_weights_have_nothing_that_torch_could_compile() -> None:
+    with pytest.raises(ConfigError, match=r"--quantization int8.*Leave --compile out"):
+        choose_quantization(WorkerConfig(quantization="int8", compile=True), nothing_is_built)
