@@ -20,12 +20,13 @@ from datetime import datetime
 from pathlib import Path
 
 from services.model.home import diptych_home
+from tests.bench.cpu.contestant import Contestant
 from tests.bench.cpu.load import HEADLINE, LONG, SHORT, Shape
 from tests.bench.cpu.plan import contestants, plan
 from tests.bench.cpu.processes import ROOT, PeerFailed
 from tests.bench.cpu.results import Results, Session
 from tests.bench.cpu.tables import heading, tables
-from tests.bench.cpu.visit import AnyContestant, Notebook, make
+from tests.bench.cpu.visit import Notebook, make
 
 CONCURRENCIES = (1, 8, 32)
 QUICK_CONCURRENCIES = (1, 8)
@@ -42,16 +43,18 @@ def main() -> int:
     notebook = Notebook(results, given.json, given.json.parent / "logs")
     chosen = [c for c in contestants() if c.family.lower() in given.only]
     begun = time.monotonic()
-    for visit in plan(prepared(chosen, notebook), given.shapes, given.concurrency, given.quick):
+    visits = plan(prepared(chosen, notebook), given.shapes, given.concurrency, given.quick)
+    for number, visit in enumerate(visits, 1):
+        print(f"{(time.monotonic() - begun) / 60:.0f} min, turn {number} of {len(visits)}", flush=True)
         make(visit, notebook)
     print(f"\nmeasured for {(time.monotonic() - begun) / 60:.0f} minutes; {given.json} has everything")
     render(results, given)
     return 0
 
 
-def prepared(chosen: Sequence[AnyContestant], notebook: Notebook) -> list[AnyContestant]:
+def prepared(chosen: Sequence[Contestant], notebook: Notebook) -> list[Contestant]:
     """Those that can run here; of the others the reason is written down."""
-    ready: list[AnyContestant] = []
+    ready: list[Contestant] = []
     for contestant in chosen:
         try:
             contestant.prepare()

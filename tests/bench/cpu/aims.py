@@ -1,7 +1,8 @@
 """What Diptych wants to be, as ratios to the better of vLLM and llama.cpp in the same run.
 
-A peer's figure is the best that any of its settings and weights gave, for each aim anew: the setting with the
-most tokens/s may not be that with the shortest gaps. Where a peer failed requests, or we did, nothing is won.
+A peer is compared by the setting with which it made most tokens/s, and the best of its weights. Another of
+its settings may have been better in one figure (shorter gaps, at the cost of tokens/s): the ratio to the best
+of all that was tried is told beside. Where a peer failed requests, or we did, nothing is won.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +30,19 @@ class Aim:
 
     def judge(self, rows: Sequence[Row]) -> "Judged | None":
         """None if the run did not measure both sides."""
-        ours, theirs = self._best(rows, self.ours), self._best(rows, self.theirs)
-        if ours is None or theirs is None:
+        ours = self._best(rows, lambda row: not row.trial and self.ours(row))
+        theirs = self._best(rows, lambda row: not row.trial and self.theirs(row))
+        best = self._best(rows, self.theirs)
+        if ours is None or theirs is None or best is None:
             return None
-        ratio = _known(self.figure(ours.figures)) / _known(self.figure(theirs.figures))
+        ratio = self._ratio(ours, theirs)
         reached = ratio >= self.bound if self.direction == "at_least" else ratio <= self.bound
-        return Judged(self, ours, theirs, ratio, _verdict(reached, ours, theirs))
+        return Judged(
+            self, ours, theirs, ratio, _verdict(reached, ours, theirs), self._ratio(ours, best), best
+        )
+
+    def _ratio(self, ours: Row, theirs: Row) -> float:
+        return _known(self.figure(ours.figures)) / _known(self.figure(theirs.figures))
 
     def _best(self, rows: Sequence[Row], among: Callable[[Row], bool]) -> Row | None:
         known = [row for row in rows if among(row) and self.figure(row.figures)]
@@ -49,6 +57,8 @@ class Judged:
     theirs: Row
     ratio: float
     verdict: Verdict
+    ratio_to_tried: float  # to the best of all that was tried, which is this:
+    tried: Row
 
     @property
     def why_no_claim(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from services.model.home import diptych_home
-from tests.bench.cpu.client import Target
+from tests.bench.cpu.figures import Figures
 from tests.bench.cpu.load import Cell
 
 Family = Literal["Diptych", "llama.cpp", "vLLM", "transformers"]
@@ -23,19 +23,20 @@ class Setting:
     environment: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, object] = field(default_factory=dict)  # what its requests say beside the common fields
 
-    def __str__(self) -> str:
-        environment = [f"{name}={value}" for name, value in self.environment.items()]
-        body = [f"{name}: {value}" for name, value in self.body.items()]
-        return " ".join([*environment, *self.flags, *(["requests with", ", ".join(body)] if body else [])])
 
+class Opened(Protocol):
+    """A contestant that is ready to be asked."""
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A server that is ready."""
+    @property
+    def command(self) -> str:
+        """As typed, with what matters of its environment."""
+        ...
 
-    target: Target
-    pids: Sequence[int]  # the roots of its processes
-    command: str  # as typed, with what matters of its environment
+    def warm_up(self, cell: Cell) -> None: ...
+
+    def measure(self, cell: Cell, repetition: str) -> Figures:
+        """One repetition. What the contestant does wrong is in the figures; PeerFailed: there are none."""
+        ...
 
 
 class Contestant(Protocol):
@@ -53,7 +54,7 @@ class Contestant(Protocol):
 
     @property
     def starts_slowly(self) -> bool:
-        """So that all repetitions share one start, instead of taking turns with others'."""
+        """So that all its rounds are measured in one turn."""
         ...
 
     def prepare(self) -> None:
@@ -64,7 +65,7 @@ class Contestant(Protocol):
         """Cells of one group are measured with one start of the server."""
         ...
 
-    def serve(self, setting: Setting, cells: Sequence[Cell], log: Path) -> AbstractContextManager[Served]:
+    def open(self, setting: Setting, cells: Sequence[Cell], log: Path) -> AbstractContextManager[Opened]:
         """Raises PeerFailed if it does not start."""
         ...
 

@@ -12,10 +12,11 @@ from typing import Literal
 from services.model.pull import ensure_default_model
 from services.store.embedded import EmbeddedValkey, free_port
 from tests.bench.cpu.client import Target
-from tests.bench.cpu.contestant import Family, Precision, Served, Setting, bench_home, shown
+from tests.bench.cpu.contestant import Family, Precision, Setting, bench_home, shown
 from tests.bench.cpu.llama_cpp import model_file
 from tests.bench.cpu.load import Cell
 from tests.bench.cpu.processes import ROOT, await_ready, child, fetch
+from tests.bench.cpu.served import Served
 
 DIPTYCH = (sys.executable, "-m", "services.launch.cli")
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -50,7 +51,7 @@ class Diptych:
         return cell.shape  # so that no cache of another shape's prompts is in its memory
 
     @contextmanager
-    def serve(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator[Served]:
+    def open(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator[Served]:
         port = free_port()
         model = ["--model", str(self._model())]
         quantization = "none" if self.weights == "float32" else "int8"

@@ -16,9 +16,10 @@ from typing import Literal
 from services.model.pull import ensure_default_model
 from services.store.embedded import free_port
 from tests.bench.cpu.client import Target
-from tests.bench.cpu.contestant import Family, Precision, Served, Setting, bench_home, shown
+from tests.bench.cpu.contestant import Family, Precision, Setting, bench_home, shown
 from tests.bench.cpu.load import Cell
 from tests.bench.cpu.processes import PeerFailed, await_ready, child, fetch, run_step
+from tests.bench.cpu.served import Served
 
 VERSION = "0.3.36"
 REQUIREMENT = f"llama-cpp-python=={VERSION}"
@@ -47,7 +48,6 @@ def _settings() -> list[Setting]:
         Setting("no flash attention", (*threads, "-fa", "off")),
         Setting("small batches", (*threads, *flash, "-b", "256", "-ub", "256")),
         Setting("large batches", (*threads, *flash, "-b", "4096", "-ub", "2048")),
-        Setting("unified KV", (*threads, *flash, "--kv-unified")),
         Setting("one thread decodes", ("-t", "1", "-tb", cores, *flash)),
     ]
 
@@ -78,7 +78,7 @@ class LlamaCpp:
         return cell  # slots = concurrency, and the context they need
 
     @contextmanager
-    def serve(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator[Served]:
+    def open(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator[Served]:
         (cell,) = cells
         port = free_port()
         command = [

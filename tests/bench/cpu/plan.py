@@ -7,20 +7,20 @@ one turn, in the middle. Before that, settings are tried.
 
 from collections.abc import Sequence
 
-from tests.bench.cpu.contestant import Setting
+from tests.bench.cpu.contestant import Contestant, Setting
 from tests.bench.cpu.diptych import Diptych
 from tests.bench.cpu.llama_cpp import LlamaCpp
-from tests.bench.cpu.load import HEADLINE, LONG, SHORT, Cell, Shape, cell
+from tests.bench.cpu.load import HEADLINE, LIMIT_S, LONG, SHORT, Cell, Shape, cell
 from tests.bench.cpu.results import TRIAL
 from tests.bench.cpu.transformers_generate import TransformersGenerate
-from tests.bench.cpu.visit import AnyContestant, Visit
+from tests.bench.cpu.visit import Visit
 from tests.bench.cpu.vllm import Vllm
 
 ROUNDS = 3
 HEADLINE_CONCURRENCY = 32
 
 
-def contestants() -> list[AnyContestant]:
+def contestants() -> list[Contestant]:
     """Who is compared first: llama.cpp's tools make the files that others need."""
     return [
         LlamaCpp("Q4_1"),
@@ -37,7 +37,7 @@ def contestants() -> list[AnyContestant]:
 
 
 def cells_of(
-    contestant: AnyContestant, shapes: Sequence[Shape], concurrencies: Sequence[int], quick: bool
+    contestant: Contestant, shapes: Sequence[Shape], concurrencies: Sequence[int], quick: bool
 ) -> list[Cell]:
     """What of the asked is asked of this one. Long prompts are for everybody's fastest weights."""
     if isinstance(contestant, TransformersGenerate):
@@ -46,38 +46,34 @@ def cells_of(
     if contestant.precision != fastest(contestant):
         cells = [each for each in cells if each.shape != LONG]
     if HEADLINE in shapes and contestant.family == "Diptych" and contestant.precision == "4 bits":
-        cells.append(Cell(HEADLINE, HEADLINE_CONCURRENCY, 2 * HEADLINE_CONCURRENCY, limit_s=60.0))
+        cells.append(Cell(HEADLINE, HEADLINE_CONCURRENCY, 2 * HEADLINE_CONCURRENCY, limit_s=LIMIT_S))
     return cells
 
 
-def fastest(contestant: AnyContestant) -> str:
+def fastest(contestant: Contestant) -> str:
     return "float32" if contestant.family == "vLLM" else "4 bits"
 
 
 def plan(
-    chosen: Sequence[AnyContestant], shapes: Sequence[Shape], concurrencies: Sequence[int], quick: bool
+    chosen: Sequence[Contestant], shapes: Sequence[Shape], concurrencies: Sequence[int], quick: bool
 ) -> list[Visit]:
     cells = {c.name: cells_of(c, shapes, concurrencies, quick) for c in chosen}
     rounds = 1 if quick else ROUNDS
     trials = [] if quick else [visit for c in chosen for visit in trials_of(c, cells[c.name])]
     visits: list[Visit] = []
     for number in range(1, rounds + 1):
-        turn = [c for c in chosen if not starts_slowly(c)]
+        turn = [c for c in chosen if not c.starts_slowly]
         visits += [Visit(c, cells[c.name], [number]) for c in (turn if number % 2 else reversed(turn))]
         if number == (rounds + 1) // 2:
-            slow = [c for c in chosen if starts_slowly(c)]
+            slow = [c for c in chosen if c.starts_slowly]
             visits += [Visit(c, cells[c.name], range(1, rounds + 1)) for c in slow]
     return [visit for visit in [*trials, *visits] if visit.cells]
 
 
-def trials_of(contestant: AnyContestant, cells: Sequence[Cell]) -> list[Visit]:
+def trials_of(contestant: Contestant, cells: Sequence[Cell]) -> list[Visit]:
     """Each setting once, with the short prompts; settings of other weights are those of the first."""
     tried = [each for each in cells if each.shape in (SHORT, HEADLINE)]
     settings: Sequence[Setting] = contestant.settings
     if len(settings) == 1 or contestant.name in ("llama.cpp Q8_0", "llama.cpp F32"):
         return []
     return [Visit(contestant, tried, [TRIAL], setting) for setting in settings]
-
-
-def starts_slowly(contestant: AnyContestant) -> bool:
-    return isinstance(contestant, TransformersGenerate) or contestant.starts_slowly

