@@ -27,8 +27,11 @@ LEVELS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
         frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma"}),
         ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"),
     ),
-    "avx_vnni": (frozenset({"avx2", "fma", "avx_vnni"}), ("-mavx2", "-mfma", "-mavxvnni")),
-    "avx2": (frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+    "avx_vnni": (
+        frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+        ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
+    ),
+    "avx2": (frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c")),
     "plain": (frozenset(), ()),
 }
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wno-psabi")

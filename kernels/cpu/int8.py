@@ -1,7 +1,7 @@
 """The C++ kernels, called with tensors. Shapes are checked here; C++ trusts its caller.
 
-Weights have 8 bits and one scale per output and group of inputs, activations 8 bits and one scale per
-token and group. What a token gives depends on that token's numbers and context alone, to the last bit:
+Weights have 4 or 8 bits and a scale for each output and group of inputs, activations 8 bits and a scale for
+each token and group. What a token gives depends on that token's numbers and context alone, to the last bit:
 not on the batch, the threads, or how a prompt was cut into chunks (`source/linear.h`, `source/attention.h`).
 
 A call computes in a team of threads, and lets other Python threads run meanwhile.
@@ -24,34 +24,11 @@ from kernels.cpu.library import (
     BatchStruct,
     LayerStruct,
     ModelStruct,
-    PackedStruct,
     PoolStruct,
     load_library,
 )
+from kernels.cpu.packed_weight import PackedWeight
 from kernels.reference.attention_plan import AttentionRow
-
-_GATE_COLUMNS = 16  # of gate, and then as many of up: see `swiglu` in source/decoder.h
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A projection's weight [outputs, inputs] in the kernels' layout."""
-
-    outputs: int
-    inputs: int
-    weights: Tensor  # uint8, w + 128: [output blocks, inputs / 4, columns, 4]
-    scales: Tensor  # float32 [output blocks, groups, columns]
-
-    def dequantized(self) -> Tensor:
-        """float32 [outputs, inputs]: what the kernels multiply with."""
-        blocks, groups, columns = self.scales.shape
-        by_group = self.weights.view(blocks, groups, -1, columns, 4).float() - 128.0
-        values = by_group * self.scales.view(blocks, groups, 1, columns, 1)
-        return values.permute(0, 3, 1, 2, 4).reshape(blocks * columns, -1)[: self.outputs, : self.inputs]
-
-    @property
-    def struct(self) -> PackedStruct:
-        return PackedStruct(self.outputs, self.inputs, self.weights.data_ptr(), self.scales.data_ptr())
 
 
 class Int8Layer(Protocol):
@@ -70,7 +47,7 @@ class Int8Layer(Protocol):
     @property
     def mlp_norm(self) -> Tensor: ...  # [hidden]
     @property
-    def gate_up(self) -> PackedWeight: ...  # from `Int8Kernels.pack_gate_up`
+    def gate_up(self) -> PackedWeight: ...  # from `pack_gate_up`
     @property
     def down(self) -> PackedWeight: ...
 
@@ -84,7 +61,7 @@ class Int8Model:
     window: int | None  # tokens that a query sees, itself included
     rms_norm_eps: float
     frequencies: Tensor  # float32 [head_dim / 2], radians per position
-    embedding: Tensor  # float32 [vocab, hidden]
+    embedding: PackedWeight  # [vocab, hidden]; may be the unembedding
     layers: Sequence[Int8Layer]
     final_norm: Tensor
     unembedding: PackedWeight
@@ -100,27 +77,10 @@ class Int8Kernels:
         """
         self.library = load_library(folder, level or processor_level())
         self.team = self.library.diptych_team_create(threads, None, 0, 0)
-        self._group: int = self.library.diptych_group()
-        self._columns: int = self.library.diptych_columns()
 
     def __del__(self) -> None:
         if team := self.__dict__.pop("team", None):
             self.library.diptych_team_destroy(team)
-
-    def pack(self, weight: Tensor) -> PackedWeight:
-        """Quantises float32 [outputs, inputs]."""
-        outputs, inputs = weight.shape
-        weight = weight.float().contiguous()
-        blocks, groups = -(-outputs // self._columns), -(-inputs // self._group)
-        packed = torch.empty((blocks, groups * self._group // 4, self._columns, 4), dtype=torch.uint8)
-        scales = torch.empty((blocks, groups, self._columns))
-        self.library.diptych_pack(weight.data_ptr(), outputs, inputs, packed.data_ptr(), scales.data_ptr())
-        return PackedWeight(outputs, inputs, packed, scales)
-
-    def pack_gate_up(self, weight: Tensor) -> PackedWeight:
-        """Quantises [gate | up], float32 [2 * intermediate, inputs], with the two by turns."""
-        gate, up = (_in_parts(half, _GATE_COLUMNS) for half in weight.float().chunk(2))
-        return self.pack(torch.stack((gate, up), dim=1).flatten(0, 2))
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """float32 [tokens, inputs] -> [tokens, outputs]."""
@@ -242,12 +202,6 @@ class Int8Decoder:
         return logits
 
 
-def _in_parts(weight: Tensor, size: int) -> Tensor:
-    """[outputs, inputs] -> [parts, size, inputs], with zeros behind the last output."""
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % size))
-    return padded.view(-1, size, weight.shape[1])
-
-
 def _sequences(rows: Sequence[AttentionRow]) -> tuple[NDArray[np.void], NDArray[np.int32]]:
     """The rows for C++, and their block tables, which must live as long as these are used."""
     sequences = np.empty(len(rows), dtype=SEQUENCE)
@@ -267,20 +221,19 @@ def _pool_struct(pool: Tensor) -> PoolStruct:
 
 def _model_struct(model: Int8Model, pool: Tensor) -> ModelStruct:
     layers = (LayerStruct * len(model.layers))(*(_layer_struct(layer) for layer in model.layers))
-    vocab, hidden = model.embedding.shape
     return ModelStruct(
         layers=len(layers),
-        hidden=hidden,
+        hidden=model.embedding.inputs,
         heads=model.heads,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         intermediate=model.intermediate,
-        vocab=vocab,
+        vocab=model.embedding.outputs,
         window=model.window or 0,
         block_size=pool.shape[4],
         rms_norm_eps=model.rms_norm_eps,
         frequencies=_address(model.frequencies),
-        embedding=_address(model.embedding),
+        embedding=model.embedding.struct,
         layer=layers,
         final_norm=_address(model.final_norm),
         unembedding=model.unembedding.struct,

@@ -11,7 +11,7 @@ from kernels.cpu.build import KernelsUnavailable, build
 
 
 class PackedStruct(Structure):
-    _fields_ = [("outputs", c_int32), ("inputs", c_int32), ("weights", c_void_p), ("scales", c_void_p)]
+    _fields_ = [("outputs", c_int32), ("inputs", c_int32), ("bits", c_int32), ("units", c_void_p)]
 
 
 class LayerStruct(Structure):
@@ -40,7 +40,7 @@ class ModelStruct(Structure):
         ("block_size", c_int32),
         ("rms_norm_eps", c_float),
         ("frequencies", c_void_p),
-        ("embedding", c_void_p),
+        ("embedding", PackedStruct),
         ("layer", POINTER(LayerStruct)),
         ("final_norm", c_void_p),
         ("unembedding", PackedStruct),
@@ -89,9 +89,6 @@ class PoolStruct(Structure):
 
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
-    "diptych_group": (c_int32, []),
-    "diptych_columns": (c_int32, []),
-    "diptych_pack": (None, [c_void_p, c_int32, c_int32, c_void_p, c_void_p]),
     "diptych_team_create": (c_void_p, [c_int32, c_void_p, c_int32, c_int32]),
     "diptych_team_destroy": (None, [c_void_p]),
     "diptych_linear": (None, [c_void_p, POINTER(PackedStruct), c_void_p, c_int32, c_void_p]),

@@ -19,7 +19,7 @@ from services.worker.transports import parse_transports
 
 _BLOCK_SIZE_MAX = 512
 # The scheme that an option stands for: another scheme gives other numbers, so it needs another name.
-_QUANTIZATIONS = {"none": "none", "int8": "int8-g32"}  # 8 bits, groups of 32 inputs: kernels/cpu
+_QUANTIZATIONS = {"none": "none", "int8": "w4w8a8-g32"}  # weights of 4 or 8 bits, groups of 32: kernels/cpu
 
 logger = logging.getLogger(__name__)
 

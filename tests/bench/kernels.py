@@ -25,7 +25,8 @@ from torch import Tensor
 
 from kernels import ops
 from kernels.cpu.build import processor_level
-from kernels.cpu.int8 import Int8Kernels, PackedWeight
+from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.packed_weight import GROUP, Groups, PackedWeight, pack
 from services.core.sampling import SamplingParams
 from services.engine.device.batch import TOKENS_PER_GROUP_CPU
 from services.engine.device.sampler import choose_with_kernels, choose_with_torch
@@ -97,23 +98,24 @@ class Bench:
         self._kernels = Int8Kernels(diptych_home() / "kernels", threads)
 
     def linear(self) -> None:
-        print(f"\n{'projection':24s}{'rows':>5s}{'int8':>11s}{'':>12s}{'float32':>14s}{'ratio':>8s}")
+        print(f"\n{'projection':24s}{'rows':>5s}{'4 bits':>12s}{'8 bits':>26s}{'float32':>26s}{'ratios':>9s}")
         for name, (outputs, inputs) in _projections(self._files.config).items():
             weight = torch.randn(outputs, inputs)
-            packed, reference = self._kernels.pack(weight), ops.pack_weight(weight)
+            sides = [pack(_four_bits(weight)), pack(Groups.of(weight))]
+            reference = ops.pack_weight(weight)
             for rows in ROWS:
-                self._project(f"{name} {outputs}x{inputs}", packed, reference, torch.randn(rows, inputs))
+                self._project(f"{name} {outputs}x{inputs}", sides, reference, torch.randn(rows, inputs))
 
-    def _project(self, name: str, packed: PackedWeight, reference: Tensor, x: Tensor) -> None:
-        near, exact = best_times(
-            [lambda: self._kernels.linear(x, packed), lambda: ops.linear(x, reference)], self._rounds
+    def _project(self, name: str, sides: Sequence[PackedWeight], reference: Tensor, x: Tensor) -> None:
+        calls = [partial(self._kernels.linear, x, packed) for packed in sides]
+        *near, exact = best_times([*calls, partial(ops.linear, x, reference)], self._rounds)
+        work = 2e-9 * len(x) * sides[0].outputs * sides[0].inputs
+        rates = "   ".join(
+            f"{work / seconds:6.0f} GOP/s{1e-9 * packed.units.nbytes / seconds:7.1f} GB/s"
+            for packed, seconds in zip(sides, near, strict=True)
         )
-        work = 2e-9 * len(x) * packed.outputs * packed.inputs
-        gigabytes = 1e-9 * (packed.weights.nbytes + packed.scales.nbytes)
-        print(
-            f"{name:24s}{len(x):5d}{work / near:6.0f} GOP/s{gigabytes / near:7.1f} GB/s"
-            f"{work / exact:8.0f} GOP/s{exact / near:7.1f}x"
-        )
+        ratios = "".join(f"{exact / seconds:7.1f}x" for seconds in near)
+        print(f"{name:24s}{len(x):5d}{rates}{work / exact:8.0f} GOP/s{ratios}")
 
     def attention(self) -> None:
         pool = torch.randn(self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE).shape)
@@ -213,7 +215,7 @@ class Bench:
         )
 
     def _runners(self) -> tuple[TorchRunner, TorchRunner]:
-        return self._runner("int8-g32"), self._runner("none")
+        return self._runner("int8"), self._runner("none")
 
     def _runner(self, quantization: str, compiled: bool = False) -> TorchRunner:
         geometry = self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE)
@@ -234,6 +236,15 @@ def _steps() -> dict[str, list[Row]]:
         for count in SEQUENCES
     }
     return steps | {f"prompt of {CONTEXT}": [Row([7] * CONTEXT, 0, _tables(1)[0], [GREEDY])]}
+
+
+def _four_bits(weight: Tensor) -> Groups:
+    """As Q4_1 has it."""
+    groups = weight.view(len(weight), -1, GROUP)
+    minimums = groups.amin(-1).half()
+    scales = ((groups.amax(-1) - minimums) / 15).half()
+    steps = (groups - minimums.unsqueeze(-1)) / scales.unsqueeze(-1)
+    return Groups(weight.shape[1], steps.round().clamp(0, 15).to(torch.uint8).flatten(1), scales, minimums)
 
 
 def _projections(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -25,7 +25,7 @@ struct Model {
     int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, window, block_size;
     float rms_norm_eps;
     const float* frequencies;  // [head_dim / 2], radians per position
-    const float* embedding;    // [vocab][hidden]
+    Packed embedding;          // [vocab][hidden]
     const Layer* layer;
     const float* final_norm;
     Packed unembedding;
@@ -115,7 +115,7 @@ class Decoder {
     }
 
     void embed(const Batch& batch, int token) {
-        memcpy(hidden(token), m_.embedding + size_t(batch.ids[token]) * m_.hidden, sizeof(float) * m_.hidden);
+        unpack_row(m_.embedding, batch.ids[token], hidden(token));
         const Sequence& sequence = batch.sequence[sequence_of_[token]];
         const float position = float(sequence.start + token - sequence.first);
         const int half = m_.head_dim / 2;
@@ -215,7 +215,7 @@ class Decoder {
     float* hidden(int token) { return hidden_.data() + token * hidden_width(); }
     float* qkv(int token) { return qkv_.data() + token * qkv_width(); }
 
-    Rows rows_of(int inputs) { return {groups_of(inputs), q_.data(), q_scale_.data(), q_begin_.data()}; }
+    Rows rows_of(int inputs) { return {groups_of(inputs), q_.data(), q_groups_.data()}; }
 
     void grow(int tokens, int sampled) {
         const size_t rows = std::max(tokens, sampled);
@@ -230,8 +230,7 @@ class Decoder {
         cosines_.resize(rows * (m_.head_dim / 2));
         sines_.resize(rows * (m_.head_dim / 2));
         q_.resize(rows * inputs);
-        q_scale_.resize(rows * (inputs / GROUP));
-        q_begin_.resize(rows * (inputs / GROUP));
+        q_groups_.resize(rows * (inputs / GROUP));
         sequence_of_.resize(rows);
     }
 
@@ -241,7 +240,8 @@ class Decoder {
     std::vector<std::unique_ptr<AttentionScratch>> scratch_;
     std::vector<AttentionItem> items_;
     size_t capacity_ = 0;
-    std::vector<float> hidden_, normal_, qkv_, attended_, wide_, cosines_, sines_, q_scale_;
-    std::vector<Activation> q_;
-    std::vector<int32_t> q_begin_, sequence_of_;
+    std::vector<float> hidden_, normal_, qkv_, attended_, wide_, cosines_, sines_;
+    std::vector<int8_t> q_;
+    std::vector<RowGroup> q_groups_;
+    std::vector<int32_t> sequence_of_;
 };

@@ -7,29 +7,6 @@
 
 extern "C" {
 
-int32_t diptych_group() { return GROUP; }
-int32_t diptych_columns() { return COLUMNS; }
-
-// Quantises [outputs][inputs]; `weights` and `scales` have Packed's shapes.
-void diptych_pack(const float* w, int32_t outputs, int32_t inputs, uint8_t* weights, float* scales) {
-    const int groups = groups_of(inputs);
-    for (int output = 0; output < blocks_of(outputs) * COLUMNS; output++)
-        for (int group = 0; group < groups; group++) {
-            const int first = group * GROUP, count = output < outputs ? std::min(GROUP, inputs - first) : 0;
-            const float* from = w + size_t(output) * inputs + first;
-            float top = 0.0f;
-            for (int k = 0; k < count; k++) top = std::max(top, std::fabs(from[k]));
-            const size_t block = size_t(output / COLUMNS) * groups + group;
-            const int column = output % COLUMNS;
-            scales[block * COLUMNS + column] = top / 127.0f;
-            const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
-            for (int k = 0; k < GROUP; k++) {
-                const int q = k < count ? int(std::nearbyint(from[k] * inverse)) : 0;
-                weights[block * GROUP * COLUMNS + (k / 4 * COLUMNS + column) * 4 + k % 4] = uint8_t(q + 128);
-            }
-        }
-}
-
 // `slots` null: a worker that shares its cores with nobody.
 Team* diptych_team_create(int32_t threads, CoreSlot* slots, int32_t workers, int32_t slot) {
     return new Team(threads, Cores(threads, slots, workers, slot));
@@ -39,10 +16,10 @@ void diptych_team_destroy(Team* team) { delete team; }
 // y[rows][outputs] = x[rows][inputs] times the weights.
 void diptych_linear(Team* team, const Packed* weight, const float* x, int32_t rows, float* y) {
     const int groups = groups_of(weight->inputs), width = groups * GROUP;
-    std::vector<float> padded(size_t(rows) * width), scale(size_t(rows) * groups);
-    std::vector<Activation> q(size_t(rows) * width);
-    std::vector<int32_t> begin(size_t(rows) * groups);
-    const Rows quantized{groups, q.data(), scale.data(), begin.data()};
+    std::vector<float> padded(size_t(rows) * width);
+    std::vector<int8_t> q(size_t(rows) * width);
+    std::vector<RowGroup> of_groups(size_t(rows) * groups);
+    const Rows quantized{groups, q.data(), of_groups.data()};
     team->share(rows, [&](int row) {
         memcpy(&padded[size_t(row) * width], x + size_t(row) * weight->inputs, sizeof(float) * weight->inputs);
         quantize_row(&padded[size_t(row) * width], quantized, row);

@@ -1,17 +1,21 @@
-// Projections with 8-bit weights and 8-bit activations, exact within groups.
+// Projections with weights of 4 or 8 bits and activations of 8 bits, exact within groups.
 //
-//     y[r][o] = sum over groups g of  (sum over k in g of q[r][k] * w[o][k])  *  (xs[r][g] * ws[o][g])
+//     8 bits:  y[r][o] = sum over groups g of  dot * (xs[r][g] * d[o][g])                          w = d * q
+//     4 bits:  y[r][o] = sum over groups g of  dot * (xs[r][g] * d[o][g])  +  m[o][g] * t[r][g]    w = d * q + m
 //
-// The inner sum is one of integers, so it is exact in any order; the outer one runs over the groups in
-// order, rounding every product and sum by itself. A row's result therefore depends on that row alone, and
-// is the same to the last bit on every processor.
+// where dot is the sum of x[r][k] * q[o][k] over the inputs k of g, and t that of x[r][k], times xs[r][g].
+// These sums are of integers, so they are exact in any order; the outer one runs over the groups in order,
+// rounding every product and sum by itself. A row's result therefore depends on that row alone, and is the
+// same to the last bit on every processor.
 //
-// Weights are stored as w + 128, which is unsigned, for the processors' products of unsigned with signed
-// bytes; what that adds to the sum, 128 * sum of q, is where the sum begins (`Rows::begin`).
+// Weights are stored unsigned, for the processors' products of unsigned with signed bytes. For 8 bits that
+// is q + 128; what it adds to the dot product, 128 * sum of x, is where that begins (`RowGroup::begin`).
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
+#include <type_traits>
 
 #include "team.h"
 #include "vector.h"
@@ -19,194 +23,266 @@
 constexpr int GROUP = 32;    // weights and activations that share a scale, along the inputs
 constexpr int COLUMNS = 32;  // outputs that lie together
 
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-typedef int8_t Activation;
-#else
-typedef int16_t Activation;  // the products of 16-bit integers are what AVX2 has
-#endif
-typedef Activation Activations __attribute__((vector_size(sizeof(Activation) * WIDTH), aligned(1), may_alias));
+typedef uint8_t Quads[COLUMNS][4];  // four inputs' weights for each output
+
+// The weights of a group of inputs and a block of outputs; float16 has the scales of GGUF files exactly.
+struct EightBit {
+    uint16_t scale[COLUMNS];
+    Quads weights[GROUP / 4];
+};
+struct FourBit {
+    uint16_t scale[COLUMNS], minimum[COLUMNS];
+    Quads weights[GROUP / 8];  // of each eight inputs the first four in the low halves, the others in the high ones
+};
 
 struct Packed {
     int32_t outputs, inputs;
-    const uint8_t* weights;  // [outputs / COLUMNS][inputs / 4][COLUMNS][4], both rounded up
-    const float* scales;     // [outputs / COLUMNS][groups][COLUMNS]
+    int32_t bits;       // 4 or 8
+    const void* units;  // FourBit or EightBit [outputs / COLUMNS][groups], both rounded up
+
+    template <typename Unit>
+    const Unit* block(int index, int groups) const { return static_cast<const Unit*>(units) + size_t(index) * groups; }
 };
 
 static inline int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 static inline int groups_of(int inputs) { return rounded_up(inputs, GROUP) / GROUP; }
 static inline int blocks_of(int outputs) { return rounded_up(outputs, COLUMNS) / COLUMNS; }
 
+struct RowGroup {
+    float scale;
+    float sum;      // of the group's q, times the scale
+    int32_t begin;  // -128 * sum of the group's q
+};
+
 // Rows of quantised activations.
 struct Rows {
     int groups;
-    Activation* q;   // [rows][groups * GROUP]
-    float* scale;    // [rows][groups]
-    int32_t* begin;  // [rows][groups]: -128 * sum of the group's q
+    int8_t* q;        // [rows][groups * GROUP]
+    RowGroup* group;  // [rows][groups]
 };
 
 // One row of float[inputs]; `x` may be read up to the end of its last group.
 static void quantize_row(const float* x, const Rows& rows, int row) {
-    for (int group = 0; group < rows.groups; group++, x += GROUP) {
+    int8_t* q = rows.q + size_t(row) * rows.groups * GROUP;
+    RowGroup* of = rows.group + size_t(row) * rows.groups;
+    for (int group = 0; group < rows.groups; group++, x += GROUP, q += GROUP) {
         Floats largest{};
         for (int k = 0; k < GROUP; k += WIDTH) largest = larger(absolute(load(x + k)), largest);
-        const float top = max_of(largest);
+        const float top = max_of(largest), scale = top / 127.0f;
         const Floats inverse = all(top > 0.0f ? 127.0f / top : 0.0f);
-        Activation* q = rows.q + (size_t(row) * rows.groups + group) * GROUP;
-        Ints sum{};
+        Ints sums{};
         for (int k = 0; k < GROUP; k += WIDTH) {
-            const Ints values = rounded(load(x + k) * inverse);
-            sum += values;
-            *reinterpret_cast<Activations*>(q + k) = __builtin_convertvector(values, Activations);
+            const Bytes values = __builtin_convertvector(rounded(load(x + k) * inverse), Bytes);
+            sums += __builtin_convertvector(values, Ints);
+            *reinterpret_cast<Bytes*>(q + k) = values;
         }
-        rows.scale[size_t(row) * rows.groups + group] = top / 127.0f;
-        rows.begin[size_t(row) * rows.groups + group] = -128 * sum_of(sum);
+        const int32_t sum = sum_of(sums);
+        of[group] = {scale, float(sum) * scale, -128 * sum};
     }
 }
 
-// y[R][COLUMNS]: R rows times one block of weights. One variant for each kind of processor.
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+static inline Ints quads(const uint8_t* at) { return *reinterpret_cast<const Ints*>(at); }
 
-constexpr int ROWS_AT_ONCE = 6;  // 12 sums of integers, 12 of floats, in 32 registers
+// The same four activations for every output.
+static inline Ints four(const int8_t* at) {
+    int32_t bytes;
+    memcpy(&bytes, at, 4);
+    return Ints{} + bytes;
+}
 
-template <int R>
-static void multiply(const uint8_t* w, const float* ws, const Rows& x, int row, float (*y)[COLUMNS]) {
-    const size_t width = size_t(x.groups) * GROUP;
-    const Activation* q = x.q + row * width;
-    const float* scale = x.scale + size_t(row) * x.groups;
-    const int32_t* begin = x.begin + size_t(row) * x.groups;
-    __m512 sum[R][2];
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (int group = 0; group < x.groups; group++, ws += COLUMNS, q += GROUP) {
-        __m512i dot[R][2];
-        for (int r = 0; r < R; r++) dot[r][0] = dot[r][1] = _mm512_set1_epi32(begin[r * x.groups + group]);
-        for (int k = 0; k < GROUP; k += 4, w += 4 * COLUMNS) {
-            const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
-            for (int r = 0; r < R; r++) {
-                int32_t four;
-                memcpy(&four, q + r * width + k, 4);
-                const __m512i a = _mm512_set1_epi32(four);
-                dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], w0, a);
-                dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], w1, a);
+static inline Ints low_halves(Ints bytes) { return bytes & 0x0f0f0f0f; }
+static inline Ints high_halves(Ints bytes) { return (bytes >> 4) & 0x0f0f0f0f; }
+
+// dot[r][c] += the dot products of a group of R rows with C registers of outputs.
+#if defined(__AVX2__) && !DOT_BYTES
+
+// Products of bytes are summed in pairs to 16 bits, without an overflow if one factor has 4 bits: a group's
+// 16 products of each half are below 16 * 15 * 128 < 2^15.
+constexpr int SUMS_OF_4_BITS = 8, SUMS_OF_8_BITS = 4;  // that fit in registers
+typedef int16_t Shorts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+static inline Shorts add_pairs(Shorts sum, Ints w, Ints x) {
+    return sum + (Shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+}
+
+// The two 16-bit sums of each output, times a factor.
+static inline Ints widened(Shorts sum, int16_t factor) {
+    return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(factor));
+}
+
+template <int R, int C>
+static inline void add_dots(const FourBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
+    Shorts sum[R][C]{};
+    for (int k = 0; k < GROUP; k += 8) {
+        Ints low[C], high[C];
+        for (int c = 0; c < C; c++) {
+            const Ints both = quads(unit.weights[k / 8][column + c * WIDTH]);
+            low[c] = low_halves(both), high[c] = high_halves(both);
+        }
+        for (int r = 0; r < R; r++) {
+            const Ints x0 = four(q + r * width + k), x1 = four(q + r * width + k + 4);
+            for (int c = 0; c < C; c++) sum[r][c] = add_pairs(add_pairs(sum[r][c], low[c], x0), high[c], x1);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) dot[r][c] += widened(sum[r][c], 1);
+}
+
+template <int R, int C>
+static inline void add_dots(const EightBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
+    Shorts low[R][C]{}, high[R][C]{};
+    for (int k = 0; k < GROUP; k += 4) {
+        Ints w[C];
+        for (int c = 0; c < C; c++) w[c] = quads(unit.weights[k / 4][column + c * WIDTH]);
+        for (int r = 0; r < R; r++) {
+            const Ints x = four(q + r * width + k);
+            for (int c = 0; c < C; c++) {
+                low[r][c] = add_pairs(low[r][c], low_halves(w[c]), x);
+                high[r][c] = add_pairs(high[r][c], high_halves(w[c]), x);
             }
         }
-        const __m512 s0 = _mm512_loadu_ps(ws), s1 = _mm512_loadu_ps(ws + 16);
-        for (int r = 0; r < R; r++) {
-            const __m512 s = _mm512_set1_ps(scale[r * x.groups + group]);
-            sum[r][0] = _mm512_add_ps(sum[r][0], _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r][0]), _mm512_mul_ps(s, s0)));
-            sum[r][1] = _mm512_add_ps(sum[r][1], _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r][1]), _mm512_mul_ps(s, s1)));
-        }
     }
-    for (int r = 0; r < R; r++) {
-        _mm512_storeu_ps(y[r], sum[r][0]);
-        _mm512_storeu_ps(y[r] + 16, sum[r][1]);
-    }
-}
-
-#elif defined(__AVX2__)
-
-constexpr int ROWS_AT_ONCE = 4;
-
-// Eight outputs' sums over one group of one to four rows.
-template <int R>
-static inline void dot_group(const uint8_t* w, const Activation* q, size_t width, __m256i* dot) {
-#if defined(__AVXVNNI__)
-    for (int k = 0; k < GROUP; k += 4, w += 4 * COLUMNS) {
-        const __m256i w0 = _mm256_loadu_si256((const __m256i*)w);
-        for (int r = 0; r < R; r++) {
-            int32_t four;
-            memcpy(&four, q + r * width + k, 4);
-            dot[r] = _mm256_dpbusd_avx_epi32(dot[r], w0, _mm256_set1_epi32(four));
-        }
-    }
-#else
-    __m256i pairs[R][2];  // two sums for each of four outputs
-    for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
-    for (int k = 0; k < GROUP; k += 4, w += 4 * COLUMNS) {
-        const __m256i w0 = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w));
-        const __m256i w1 = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(w + 16)));
-        for (int r = 0; r < R; r++) {
-            int64_t four;
-            memcpy(&four, q + r * width + k, 8);
-            const __m256i a = _mm256_set1_epi64x(four);
-            pairs[r][0] = _mm256_add_epi32(pairs[r][0], _mm256_madd_epi16(w0, a));
-            pairs[r][1] = _mm256_add_epi32(pairs[r][1], _mm256_madd_epi16(w1, a));
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        const __m256i both = _mm256_hadd_epi32(pairs[r][0], pairs[r][1]);
-        dot[r] = _mm256_add_epi32(dot[r], _mm256_permute4x64_epi64(both, 0b11011000));
-    }
-#endif
-}
-
-template <int R>
-static void multiply(const uint8_t* w, const float* ws, const Rows& x, int row, float (*y)[COLUMNS]) {
-    const size_t width = size_t(x.groups) * GROUP;
-    const Activation* q = x.q + row * width;
-    const float* scale = x.scale + size_t(row) * x.groups;
-    const int32_t* begin = x.begin + size_t(row) * x.groups;
-    for (int column = 0; column < COLUMNS; column += 8) {
-        __m256 sum[R];
-        for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_ps();
-        for (int group = 0; group < x.groups; group++) {
-            __m256i dot[R];
-            for (int r = 0; r < R; r++) dot[r] = _mm256_set1_epi32(begin[r * x.groups + group]);
-            dot_group<R>(w + size_t(group) * GROUP * COLUMNS + column * 4, q + group * GROUP, width, dot);
-            const __m256 s0 = _mm256_loadu_ps(ws + group * COLUMNS + column);
-            for (int r = 0; r < R; r++) {
-                const __m256 s = _mm256_mul_ps(_mm256_set1_ps(scale[r * x.groups + group]), s0);
-                sum[r] = _mm256_add_ps(sum[r], _mm256_mul_ps(_mm256_cvtepi32_ps(dot[r]), s));
-            }
-        }
-        for (int r = 0; r < R; r++) _mm256_storeu_ps(y[r] + column, sum[r]);
-    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) dot[r][c] += widened(low[r][c], 1) + widened(high[r][c], 16);
 }
 
 #else
 
-constexpr int ROWS_AT_ONCE = 1;
+constexpr int SUMS_OF_4_BITS = WIDTH == 16 ? 16 : WIDTH == 8 ? 8 : 1, SUMS_OF_8_BITS = SUMS_OF_4_BITS;
 
-template <int R>
-static void multiply(const uint8_t* w, const float* ws, const Rows& x, int row, float (*y)[COLUMNS]) {
-    static_assert(R == 1);
-    const Activation* q = x.q + size_t(row) * x.groups * GROUP;
-    for (int column = 0; column < COLUMNS; column++) y[0][column] = 0.0f;
-    for (int group = 0; group < x.groups; group++, ws += COLUMNS) {
-        int32_t dot[COLUMNS];
-        for (int column = 0; column < COLUMNS; column++) dot[column] = x.begin[size_t(row) * x.groups + group];
-        for (int k = 0; k < GROUP; k += 4, w += 4 * COLUMNS, q += 4)
-            for (int column = 0; column < COLUMNS; column++)
-                for (int j = 0; j < 4; j++) dot[column] += int32_t(w[column * 4 + j]) * q[j];
-        const float s = x.scale[size_t(row) * x.groups + group];
-        for (int column = 0; column < COLUMNS; column++) y[0][column] += float(dot[column]) * (s * ws[column]);
+template <int R, int C>
+static inline void add_dots(const FourBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
+    for (int k = 0; k < GROUP; k += 8) {
+        Ints low[C], high[C];
+        for (int c = 0; c < C; c++) {
+            const Ints both = quads(unit.weights[k / 8][column + c * WIDTH]);
+            low[c] = low_halves(both), high[c] = high_halves(both);
+        }
+        for (int r = 0; r < R; r++) {
+            const Ints x0 = four(q + r * width + k), x1 = four(q + r * width + k + 4);
+            for (int c = 0; c < C; c++) dot[r][c] = add_dot(add_dot(dot[r][c], low[c], x0), high[c], x1);
+        }
+    }
+}
+
+template <int R, int C>
+static inline void add_dots(const EightBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
+    for (int k = 0; k < GROUP; k += 4) {
+        Ints w[C];
+        for (int c = 0; c < C; c++) w[c] = quads(unit.weights[k / 4][column + c * WIDTH]);
+        for (int r = 0; r < R; r++) {
+            const Ints x = four(q + r * width + k);
+            for (int c = 0; c < C; c++) dot[r][c] = add_dot(dot[r][c], w[c], x);
+        }
     }
 }
 
 #endif
 
-template <int R>
-static void multiply_up_to(int rows, const uint8_t* w, const float* ws, const Rows& x, int row, float (*y)[COLUMNS]) {
-    if (rows >= R) return multiply<R>(w, ws, x, row, y);
-    if constexpr (R > 1) multiply_up_to<R - 1>(rows, w, ws, x, row, y);
+static inline int32_t begin_of(const EightBit&, const RowGroup& x) { return x.begin; }
+static inline int32_t begin_of(const FourBit&, const RowGroup&) { return 0; }
+
+// sum[r][c] += what a group of R rows and C registers of outputs gives, from its dot products.
+template <int R, int C>
+static inline void add_group(const EightBit& unit, int column, const RowGroup* x, size_t groups, Ints (&dot)[R][C], Floats (&sum)[R][C]) {
+    for (int c = 0; c < C; c++) {
+        const Floats scale = load_halves(unit.scale + column + c * WIDTH);
+        for (int r = 0; r < R; r++) sum[r][c] += as_floats(dot[r][c]) * (all(x[r * groups].scale) * scale);
+    }
 }
 
-// Rows times weights; use(row, block, values[COLUMNS]) takes each row's results of a block of outputs.
-template <typename Use>
-static void multiply_all(Team& team, const Packed& weight, const Rows& x, int rows, Use use) {
+template <int R, int C>
+static inline void add_group(const FourBit& unit, int column, const RowGroup* x, size_t groups, Ints (&dot)[R][C], Floats (&sum)[R][C]) {
+    for (int c = 0; c < C; c++) {
+        const Floats scale = load_halves(unit.scale + column + c * WIDTH);
+        const Floats minimum = load_halves(unit.minimum + column + c * WIDTH);
+        for (int r = 0; r < R; r++)
+            sum[r][c] += as_floats(dot[r][c]) * (all(x[r * groups].scale) * scale) + minimum * all(x[r * groups].sum);
+    }
+}
+
+template <typename Unit>
+constexpr int sums_of() { return std::is_same_v<Unit, FourBit> ? SUMS_OF_4_BITS : SUMS_OF_8_BITS; }
+
+// y[R][COLUMNS]: R rows times one block of weights.
+template <int R, typename Unit>
+static void multiply(const Unit* unit, const Rows& x, int row, float (*y)[COLUMNS]) {
+    constexpr int AT_ONCE = std::bit_floor(unsigned(std::clamp(sums_of<Unit>() / R, 1, COLUMNS / WIDTH)));
+    const size_t groups = x.groups, width = groups * GROUP;
+    for (int column = 0; column < COLUMNS; column += AT_ONCE * WIDTH) {
+        Floats sum[R][AT_ONCE]{};
+        for (size_t group = 0; group < groups; group++) {
+            const RowGroup* of = x.group + row * groups + group;
+            Ints dot[R][AT_ONCE];
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < AT_ONCE; c++) dot[r][c] = Ints{} + begin_of(*unit, of[r * groups]);
+            add_dots<R, AT_ONCE>(unit[group], column, x.q + row * width + group * GROUP, width, dot);
+            add_group<R, AT_ONCE>(unit[group], column, of, groups, dot, sum);
+        }
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < AT_ONCE; c++) store(y[r] + column + c * WIDTH, sum[r][c]);
+    }
+}
+
+constexpr int ROWS_AT_ONCE = WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1;
+
+template <int R, typename Unit>
+static void multiply_up_to(int rows, const Unit* unit, const Rows& x, int row, float (*y)[COLUMNS]) {
+    if (rows >= R) return multiply<R>(unit, x, row, y);
+    if constexpr (R > 1) multiply_up_to<R - 1>(rows, unit, x, row, y);
+}
+
+template <typename Unit, typename Use>
+static void multiply_units(Team& team, const Packed& weight, const Rows& x, int rows, Use use) {
     const int blocks = blocks_of(weight.outputs);
     // A panel of rows stays in the second-level cache while the blocks of weights pass by.
     const int panel = std::max(ROWS_AT_ONCE, (384 << 10) / (x.groups * GROUP) / ROWS_AT_ONCE * ROWS_AT_ONCE);
     const int panels = (rows + panel - 1) / panel;
-    const size_t block_scales = size_t(x.groups) * COLUMNS;
     team.share(blocks * panels, [&](int item) {
         const int block = item % blocks, first = item / blocks * panel;
         const int end = std::min(rows, first + panel);
         alignas(64) float y[ROWS_AT_ONCE][COLUMNS];
         for (int row = first; row < end; row += ROWS_AT_ONCE) {
             const int count = std::min(ROWS_AT_ONCE, end - row);
-            multiply_up_to<ROWS_AT_ONCE>(
-                count, weight.weights + block * block_scales * GROUP, weight.scales + block * block_scales, x, row, y);
+            multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, y);
             for (int r = 0; r < count; r++) use(row + r, block, y[r]);
         }
     });
+}
+
+// Rows times weights; use(row, block, values[COLUMNS]) takes each row's results of a block of outputs.
+template <typename Use>
+static void multiply_all(Team& team, const Packed& weight, const Rows& x, int rows, Use use) {
+    if (weight.bits == 4) multiply_units<FourBit>(team, weight, x, rows, use);
+    else multiply_units<EightBit>(team, weight, x, rows, use);
+}
+
+static inline float half_at(const uint16_t (&numbers)[COLUMNS], int column) {
+    return load_halves(numbers + column / WIDTH * WIDTH)[column % WIDTH];
+}
+
+static inline void unpack_group(const EightBit& unit, int column, float* to) {
+    const float scale = half_at(unit.scale, column);
+    for (int k = 0; k < GROUP; k++) to[k] = float(int(unit.weights[k / 4][column][k % 4]) - 128) * scale;
+}
+
+static inline void unpack_group(const FourBit& unit, int column, float* to) {
+    const float scale = half_at(unit.scale, column), minimum = half_at(unit.minimum, column);
+    for (int k = 0; k < GROUP; k++) {
+        const int both = unit.weights[k / 8][column][k % 4];
+        to[k] = float(k / 4 % 2 == 0 ? both & 15 : both >> 4) * scale + minimum;
+    }
+}
+
+template <typename Unit>
+static void unpack_unit_row(const Packed& weight, int output, float* to) {
+    const int groups = groups_of(weight.inputs);
+    const Unit* unit = weight.block<Unit>(output / COLUMNS, groups);
+    for (int group = 0; group < groups; group++) unpack_group(unit[group], output % COLUMNS, to + group * GROUP);
+}
+
+// The weights of one output as floats, with zeros up to the end of the last group.
+static void unpack_row(const Packed& weight, int output, float* to) {
+    if (weight.bits == 4) unpack_unit_row<FourBit>(weight, output, to);
+    else unpack_unit_row<EightBit>(weight, output, to);
 }

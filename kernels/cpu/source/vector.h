@@ -29,6 +29,8 @@ typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
+typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
 static inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
 static inline void store(float* at, Floats x) { *reinterpret_cast<Floats*>(at) = x; }
 static inline Floats all(float x) { return Floats{} + x; }
@@ -53,6 +55,40 @@ static inline Ints rounded(Floats x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: its last bit has the weight 1
     return (Ints)(x + magic) - (Ints)all(magic);
 }
+
+static inline Floats as_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// Numbers in float16. Without instructions for it: a float's exponent begins 112 further up.
+static inline Floats load_halves(const uint16_t* at) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at));
+#else
+    Ints bits;
+    for (int lane = 0; lane < WIDTH; lane++) bits[lane] = at[lane];
+    const Ints sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+    const Floats finite = (Floats)rest * 0x1p112f;
+    return (Floats)(sign | (Ints)select(rest >= 0x7c00 << 13, (Floats)(rest | 0x7f800000), finite));
+#endif
+}
+
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__) || !defined(__AVX2__)
+#define DOT_BYTES 1
+// In each lane: sum + the products of w's four unsigned bytes with x's four signed ones.
+static inline Ints add_dot(Ints sum, Ints w, Ints x) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+#else
+    for (int byte = 0; byte < 32; byte += 8) sum += (w >> byte & 0xff) * (x << (24 - byte) >> 24);
+    return sum;
+#endif
+}
+#else
+#define DOT_BYTES 0
+#endif
 
 constexpr float LOG2_E = 1.44269504f;
 

@@ -27,7 +27,7 @@ from services.model.home import diptych_home
 
 
 class CompiledDecoder(Decoder):
-    def __init__(self, config: ModelConfig, weights: Weights[Tensor], pool: Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights[Tensor, Tensor], pool: Tensor) -> None:
         """See Decoder. Compiles, which takes up to a minute at first. Raises ConfigError if it cannot."""
         super().__init__(config, weights, pool)
         self._packed = weights.layers[0].qkv.is_mkldnn

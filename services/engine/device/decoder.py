@@ -24,7 +24,7 @@ from services.model.config import ModelConfig
 class Decoder:
     choose: Choose = staticmethod(choose_with_torch)
 
-    def __init__(self, config: ModelConfig, weights: Weights[Tensor], pool: Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights[Tensor, Tensor], pool: Tensor) -> None:
         """pool: contiguous, finite [blocks, layers, 2, kv_heads, block_size, head_dim] on the same device."""
         self._config = config
         self._weights = weights

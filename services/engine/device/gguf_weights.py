@@ -1,6 +1,7 @@
-"""A model's tensors from a GGUF file, dequantised to float32 one by one."""
+"""A model's tensors from a GGUF file one by one, dequantised to float32 or in the file's own groups."""
 
 import re
+from functools import partial
 from math import gcd
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.cpu.packed_weight import Groups
 from services.core.errors import ModelFileError
+from services.engine.device.gguf_groups import read_groups
 from services.engine.device.tensor_source import check_shape, missing_tensor
 from services.model.gguf_header import TensorInfo, read_header
 
@@ -51,23 +54,38 @@ class GgufSource:
         self._data = np.memmap(path, dtype=np.uint8, mode="r")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        stored, info = self._find(name, shape)
+        return self._ordered(name, torch.from_numpy(self._dequantized(stored, info)).view(shape))
+
+    def read_groups(self, name: str, shape: tuple[int, ...]) -> Groups | None:
+        _, info = self._find(name, shape)
+        blocks = self._bytes(info).reshape(-1, GGML_QUANT_SIZES[info.type][1])
+        groups = read_groups(info.type, blocks, shape[0])
+        return groups and groups.rearranged(partial(self._ordered, name))
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[str, TensorInfo]:
         stored = gguf_name(name)
         info = self._tensors.get(stored)
         if info is None:
             raise missing_tensor(stored, self._path)
         check_shape(stored, self._path, tuple(reversed(info.shape)), shape)
-        tensor = torch.from_numpy(self._dequantized(stored, info)).view(shape)
+        return stored, info
+
+    def _ordered(self, name: str, rows: Tensor) -> Tensor:
+        """The rows of a tensor, or what belongs to them, in the order of half rotation."""
         if self._interleaved and name.rpartition(".")[0].endswith(_ROTATED):
-            return half_rotation_rows(tensor, self._head_dim)
-        return tensor
+            return half_rotation_rows(rows, self._head_dim)
+        return rows
+
+    def _bytes(self, info: TensorInfo) -> NDArray[np.uint8]:
+        return self._data[info.offset : info.offset + info.size]
 
     def _dequantized(self, stored: str, info: TensorInfo) -> NDArray[np.float32]:
-        data = self._data[info.offset : info.offset + info.size]
         block_values, block_bytes = GGML_QUANT_SIZES[info.type]
         blocks_per_row = gcd(info.size // block_bytes, max(1, _VALUES_PER_ROW // block_values))
         try:
             values: NDArray[np.float32] = dequantize(
-                data.reshape(-1, blocks_per_row * block_bytes), info.type
+                self._bytes(info).reshape(-1, blocks_per_row * block_bytes), info.type
             )
         except NotImplementedError as error:
             raise ModelFileError(

@@ -1,4 +1,4 @@
-"""The decoder with 8-bit weights: loading it, and the engine's rows as the kernels take them."""
+"""The decoder with weights of 4 or 8 bits: loading it, and the engine's rows as the kernels take them."""
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from kernels.cpu.build import KernelsUnavailable
 from kernels.cpu.int8 import Int8Decoder, Int8Kernels, Int8Model
+from kernels.cpu.packed_weight import PackedWeight, pack, pack_gate_up
 from kernels.ops import AttentionRow
 from services.core.errors import ConfigError
 from services.engine.device.decoder import rope_frequencies
+from services.engine.device.fused_tensor import FusedTensor
 from services.engine.device.sampler import Choose, choose_with_kernels
 from services.engine.device.weights import Packing, load_weights
 from services.engine.runner import Row
@@ -49,8 +51,7 @@ def load_int8_decoder(files: ModelFiles, pool: Tensor, threads: int) -> Quantize
         raise ConfigError(
             f"--quantization int8 needs its kernels: {error}; or use --quantization none"
         ) from None
-    packing = Packing(kernels.pack, kernels.pack_gate_up)
-    weights = load_weights(files, torch.float32, pool.device, packing)
+    weights = load_weights(files, torch.float32, pool.device, _PACKING)
     config = files.config
     model = Int8Model(
         heads=config.heads,
@@ -66,3 +67,19 @@ def load_int8_decoder(files: ModelFiles, pool: Tensor, threads: int) -> Quantize
         unembedding=weights.unembedding,
     )
     return QuantizedDecoder(Int8Decoder(kernels, model, pool), choose_with_kernels(kernels))
+
+
+def _pack(matrix: FusedTensor) -> PackedWeight:
+    return pack(matrix.groups())
+
+
+def _pack_tied(matrix: FusedTensor) -> tuple[PackedWeight, PackedWeight]:
+    packed = _pack(matrix)
+    return packed, packed
+
+
+def _pack_gate_up(matrix: FusedTensor) -> PackedWeight:
+    return pack_gate_up(matrix.groups())
+
+
+_PACKING = Packing(_pack, _pack_gate_up, _pack, _pack_tied)

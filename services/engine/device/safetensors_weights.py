@@ -33,6 +33,9 @@ class SafetensorsSource:
             )
         return tensor
 
+    def read_groups(self, name: str, shape: tuple[int, ...]) -> None:
+        return None
+
 
 def _open(path: Path) -> "safe_open":
     try:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.cpu.packed_weight import Groups
 from services.core.errors import ModelFileError
 
 
@@ -13,6 +14,13 @@ class TensorSource(Protocol):
         """One tensor, on the CPU, in the file's precision or float32.
 
         Raises ModelFileError, naming the tensor and the file, if it is missing or has another shape.
+        """
+        ...
+
+    def read_groups(self, name: str, shape: tuple[int, ...]) -> Groups | None:
+        """One matrix as the file has it in groups of integers; None if that is not how the file has it.
+
+        Raises ModelFileError as `read` does.
         """
         ...
 

@@ -6,7 +6,7 @@ from services.core.pairing import unpaired
 from services.core.worker_report import Role
 from tests.unit.core.test_worker_report import REPORT
 
-OTHER = replace(REPORT.compatibility, quantization="int8-g32")
+OTHER = replace(REPORT.compatibility, quantization="w4w8a8-g32")
 
 
 def worker(worker_id: str, role: Role, quantised: bool = False):
@@ -17,8 +17,8 @@ def worker(worker_id: str, role: Role, quantised: bool = False):
 def test_both_halves_of_a_pair_that_cannot_be_are_named() -> None:
     why = unpaired([worker("p", "prefill", quantised=True), worker("d", "decode")])
     assert why == {
-        "p": "no KV can move between it and d: quantization: int8-g32 != none",
-        "d": "no KV can move between it and p: quantization: none != int8-g32",
+        "p": "no KV can move between it and d: quantization: w4w8a8-g32 != none",
+        "d": "no KV can move between it and p: quantization: none != w4w8a8-g32",
     }
 
 

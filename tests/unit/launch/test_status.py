@@ -84,12 +84,12 @@ def test_json_has_all_that_is_in_redis(valkey_url: str, capsys: pytest.CaptureFi
 def test_workers_that_cannot_share_requests_are_told_of_with_the_reason(
     valkey_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantised = Compatibility(model="tiny", revision="r", layout="l", quantization="int8-g32")
+    quantised = Compatibility(model="tiny", revision="r", layout="l", quantization="w4w8a8-g32")
     alone = msgspec.structs.replace(REPORT, worker_id="prefill-7", role="prefill", compatibility=quantised)
     asyncio.run(announce(valkey_url, REPORT, alone))
     assert main(["status", "--redis", valkey_url]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    why = "no KV can move between it and decode-7: quantization: int8-g32 != none"
+    why = "no KV can move between it and decode-7: quantization: w4w8a8-g32 != none"
     assert f"prefill-7 shares no request with another worker: {why}" in said
 
 

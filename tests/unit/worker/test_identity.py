@@ -35,7 +35,7 @@ def test_every_start_is_a_new_incarnation_of_the_same_model(config: WorkerConfig
 def test_quantised_weights_have_blocks_of_their_own(config: WorkerConfig) -> None:
     exact = identify(replace(config, quantization="none"))
     quantised = identify(replace(config, quantization="int8"))
-    assert exact.compatibility.differences(quantised.compatibility) == ["quantization: none != int8-g32"]
+    assert exact.compatibility.differences(quantised.compatibility) == ["quantization: none != w4w8a8-g32"]
     assert chain_root(exact.compatibility) != chain_root(quantised.compatibility)
 
 

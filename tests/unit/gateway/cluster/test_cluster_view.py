@@ -112,10 +112,10 @@ async def test_a_worker_of_another_model_is_told_of_once_until_it_changes(world,
 async def test_workers_between_which_no_kv_can_move_are_told_of_once(world, caplog) -> None:
     caplog.set_level(logging.WARNING)
     exact = D1.compatibility
-    quantised = report("p1", "prefill", compatibility=replace(exact, quantization="int8-g32"))
+    quantised = report("p1", "prefill", compatibility=replace(exact, quantization="w4w8a8-g32"))
     await world.announce(D1, quantised)
     await world.announce(D1, quantised)
-    why = f"quantization: int8-g32 != {exact.quantization}"
+    why = f"quantization: w4w8a8-g32 != {exact.quantization}"
     assert world.view.unpaired["p1"] == f"no KV can move between it and d1: {why}"
     assert [r.getMessage().partition(" ")[0] for r in caplog.records] == ["d1", "p1"]
     assert why in caplog.records[1].getMessage()
