@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu.build import processor_level
+from kernels.cpu.core_slots import CoreSlots
 from kernels.cpu.library import (
     SEQUENCE,
     BatchStruct,
@@ -70,13 +71,19 @@ class Int8Model:
 class Int8Kernels:
     """The kernels of one library, with a team of threads."""
 
-    def __init__(self, folder: Path, threads: int, level: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, threads: int, level: str | None = None, slots: CoreSlots | None = None
+    ) -> None:
         """Builds the library in `folder` if it is not there, which takes seconds.
 
-        `level` is one of kernels.cpu.build.LEVELS (None: the processor's best). Raises KernelsUnavailable.
+        `level` is one of kernels.cpu.build.LEVELS (None: the processor's best). With `slots`, `threads` are
+        the cores that all workers share, and at each moment as many compute as the others leave.
+        Raises KernelsUnavailable.
         """
         self.library = load_library(folder, level or processor_level())
-        self.team = self.library.diptych_team_create(threads, None, 0, 0)
+        self._slots = slots  # the team reads and writes them
+        place = (slots.address, slots.workers, slots.slot) if slots else (None, 0, 0)
+        self.team = self.library.diptych_team_create(threads, *place)
 
     def __del__(self) -> None:
         if team := self.__dict__.pop("team", None):

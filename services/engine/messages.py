@@ -43,6 +43,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     step_ms_target: float  # for steps in which decoding sequences wait for a prompt's chunk
 
 
+class SharedCores(msgspec.Struct, frozen=True):
+    """A worker's place among those that lend each other idle cores."""
+
+    file: str  # of kernels.cpu.core_slots
+    slot: int
+    cores: int  # that there are for all of them
+
+
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     """The first message: all that the engine process needs to know."""
 
@@ -53,6 +61,7 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     compatibility: Compatibility
     limits: Limits
     compiled: bool = False  # by torch
+    cores: SharedCores | None = None  # that quantised steps compute on
 
 
 class EngineReady(msgspec.Struct, frozen=True):

@@ -80,6 +80,7 @@ def _build(setup: EngineSetup, pool: memoryview) -> Engine:
         setup.geometry,
         pool[: setup.geometry.bytes],
         threads=setup.threads,
+        cores=setup.cores,
         device=setup.device,
         quantization=setup.compatibility.quantization,
         compiled=setup.compiled,

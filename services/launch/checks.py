@@ -16,7 +16,9 @@ import msgspec
 
 from kernels.cpu.build import KernelsUnavailable, compiler
 from services.core.errors import ConfigError, DiptychError, ModelFileError, StoreUnavailable
+from services.core.usable_cores import usable_cores
 from services.launch.cluster import claim_port
+from services.launch.cores import describe_shares
 from services.model.files import open_model
 from services.model.pull import DEFAULT_MODEL, default_model_path
 from services.store.connection import Call, Script, StoreConnection
@@ -130,6 +132,11 @@ def check_model(chosen: str) -> Finding:
     except ModelFileError as error:
         return Finding(check="model", state="broken", detail=error.message)
     return Finding(check="model", state="ok", detail=f"{files.name} ({files.kind}, {path})")
+
+
+def check_cores() -> Finding:
+    """What `diptych up` gives its workers."""
+    return Finding(check="cores", state="ok", detail=f"threads: {describe_shares(usable_cores(), 2)}")
 
 
 def check_kernels(device: str) -> Finding:

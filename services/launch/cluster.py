@@ -16,8 +16,9 @@ from pathlib import Path
 
 from services.core.clock import SystemClock
 from services.core.errors import ConfigError
+from services.core.usable_cores import usable_cores
 from services.launch.child import STOP_GRACE_SECONDS, Child, ChildSpec
-from services.launch.cores import thread_environment, threads_per_worker, usable_cores
+from services.launch.cores import CoreFile, thread_environment, threads_per_worker
 from services.launch.display import Display
 from services.launch.https import trusting_only
 from services.launch.readiness import PROBE_EVERY_SECONDS, GatewayReadiness, WorkerReadiness
@@ -45,7 +46,7 @@ class ClusterPlan:
     quantization: str = "auto"  # of the weights
     compile: bool = False  # the torch model
     redis: str = ""  # empty: an embedded Valkey
-    threads: int = 0  # per worker; 0: an equal share of the cores
+    threads: int = 0  # per worker; 0: an equal share of the cores, and what the others leave idle
     blocks: int = 0  # KV blocks per worker; 0: the worker's default
     config: Path | None = None
     route_split: str = ""  # empty: the gateway's own setting
@@ -72,6 +73,7 @@ class LocalCluster:
         self._membership: RedisMembership | None = None
         self._workers: list[Child] = []
         self._worker_ids: set[str] = set()
+        self._cores: CoreFile | None = None
         self._gateway: Child | None = None
         self._watches: list[asyncio.Task[None]] = []
 
@@ -88,6 +90,8 @@ class LocalCluster:
         if self._store is not None:
             self._store.start()
         self._membership = RedisMembership(self.redis_url)
+        if not self._plan.threads:
+            self._cores = CoreFile(self._plan.prefill + self._plan.decode)
         self._workers = [
             self._worker(role, number)
             for role, count in (("prefill", self._plan.prefill), ("decode", self._plan.decode))
@@ -120,6 +124,8 @@ class LocalCluster:
         finally:
             for child in [*([self._gateway] if self._gateway else []), *self._workers]:
                 child.kill()
+            if self._cores is not None:
+                self._cores.close()
             if self._store is not None:
                 self._store.stop()
 
@@ -152,6 +158,8 @@ class LocalCluster:
         flags += ["--dtype", self._plan.dtype, "--quantization", self._plan.quantization]
         flags += ["--compile"] if self._plan.compile else []
         flags += ["--threads", str(threads)]
+        if self._cores is not None:
+            flags += ["--core-slots", str(self._cores.path), "--core-slot", str(len(self._worker_ids))]
         flags += ["--blocks", str(self._plan.blocks)] if self._plan.blocks else []
         environment = {**self._environment("worker"), **thread_environment(threads)}
         self._worker_ids.add(worker_id)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from services.core.errors import WorkerLost
+from services.core.usable_cores import usable_cores
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
-from services.launch.cores import usable_cores
 from services.launch.display import Display
 from services.launch.lock import load_lock, lock_of_its_own
 from services.launch.model import resolve_model

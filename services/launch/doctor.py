@@ -68,6 +68,7 @@ def _checks(given: argparse.Namespace) -> list[tuple[str, Callable[[], Finding |
         ("ports", lambda: checks.check_ports(given.host, given.port)),
         ("redis", lambda: checks.check_redis(given.redis)),
         ("model", lambda: checks.check_model(given.model)),
+        ("cores", checks.check_cores),
         ("kernels (builds them once)", lambda: checks.check_kernels(given.device)),
         ("device", lambda: checks.check_device(given.device)),
         ("transports", check_transports),

@@ -8,11 +8,12 @@ from typing import get_args
 
 from router.state import Policy
 from services.core.config import load_config
+from services.core.usable_cores import usable_cores
 from services.gateway.config import GatewayConfig
 from services.gateway.door.exposure import check_exposure
 from services.launch.cluster import ClusterPlan, LocalCluster, claim_port
 from services.launch.cluster_state import ClusterState, remove_state, write_state
-from services.launch.cores import threads_per_worker, usable_cores
+from services.launch.cores import describe_shares
 from services.launch.display import Display
 from services.launch.lock import load_lock, lock_of_its_own, lock_to_state
 from services.launch.model import resolve_model
@@ -60,7 +61,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "password belongs into DIPTYCH_UP__REDIS",
     )
     parser.add_argument(
-        "--threads", type=positive, default=0, metavar="N", help="per worker (default: a share)"
+        "--threads",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="per worker, always (default: an equal share of the cores, and with 8-bit weights what the "
+        "other workers leave idle)",
     )
     parser.add_argument("--blocks", type=positive, default=0, metavar="N", help="KV blocks per worker")
     parser.add_argument(
@@ -165,7 +171,7 @@ def describe_threads(plan: ClusterPlan, cores: int) -> str:
     workers = plan.prefill + plan.decode
     if plan.threads:
         return f"threads: {plan.threads} per worker (--threads)"
-    return f"threads: {threads_per_worker(cores, workers)} per worker ({cores} cores / {workers} workers)"
+    return f"threads: {describe_shares(cores, workers)}"
 
 
 def count(text: str) -> int:

@@ -46,7 +46,20 @@ class WorkerConfig:
         },
     )
     device: str = field(default="cpu", metadata={"help": "torch device"})
-    threads: int = field(default=0, metadata={"help": "compute threads (0: all cores this process may use)"})
+    threads: int = field(
+        default=0,
+        metadata={"help": "compute threads (0: all cores this process may use)", "range": (0, 1024)},
+    )
+    core_slots: str = field(
+        default="",
+        metadata={
+            "help": "file by which workers of one machine lend each other idle cores for 8-bit steps; "
+            "`diptych up` makes it"
+        },
+    )
+    core_slot: int = field(
+        default=0, metadata={"help": "this worker's place in --core-slots", "range": (0, 1023)}
+    )
     block_size: int = field(default=16, metadata={"help": "tokens in a KV block"})
     kv_gib: float = field(default=1.0, metadata={"help": "memory for the KV pool, in GiB"})
     blocks: int = field(default=0, metadata={"help": "KV blocks in the pool (0: as many as --kv-gib holds)"})

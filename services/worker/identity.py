@@ -1,15 +1,16 @@
 """What a worker is before it runs: its model, its KV pool's shape, its name and incarnation."""
 
 import logging
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.block_hash import Compatibility
 from services.core.errors import ConfigError
+from services.core.usable_cores import usable_cores
 from services.core.worker_report import WorkerKey
 from services.engine.incarnation import random_epoch
+from services.engine.messages import SharedCores
 from services.model.files import ModelFiles, open_model
 from services.model.pool_geometry import PoolGeometry
 from services.model.pull import ensure_default_model
@@ -33,6 +34,7 @@ class WorkerIdentity:
     compatibility: Compatibility
     context_tokens_max: int
     threads: int
+    cores: SharedCores | None = None  # with other workers of this machine
 
 
 def identify(config: WorkerConfig) -> WorkerIdentity:
@@ -59,8 +61,15 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
             layout=geometry.layout,
         ),
         context_tokens_max=min(files.config.context_tokens_max, geometry.blocks * config.block_size),
-        threads=config.threads or len(os.sched_getaffinity(0)),
+        threads=config.threads or usable_cores(),
+        cores=_shared_cores(config),
     )
+
+
+def _shared_cores(config: WorkerConfig) -> SharedCores | None:
+    if not config.core_slots:
+        return None
+    return SharedCores(config.core_slots, config.core_slot, usable_cores())
 
 
 def _quantization(config: WorkerConfig) -> str:

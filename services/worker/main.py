@@ -217,6 +217,7 @@ class Worker:
             model=str(identity.files.path),
             device=config.device,
             threads=identity.threads,
+            cores=identity.cores,
             geometry=identity.geometry,
             compatibility=identity.compatibility,
             limits=Limits(

@@ -15,6 +15,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError
 
+from kernels.cpu.core_slots import SLOT_BYTES
 from services.core.errors import PeerRefused
 from services.core.worker_report import WorkerReport
 from services.launch.cluster_state import ClusterState, read_state
@@ -107,6 +108,17 @@ def test_the_one_line_on_stdout_is_the_api(up: Up, home: Path, monkeypatch: pyte
     assert found is not None
     assert up.ready_line == f"ready {found.gateway_url}/v1\n"
     assert set(up.children()) == {"prefill", "decode", "gateway", "valkey"}
+
+
+def test_workers_have_places_of_their_own_among_the_cores_that_they_share(up: Up) -> None:
+    children = up.children()
+    places = [children[role].cmdline() for role in ("prefill", "decode")]
+    (file,) = {place[place.index("--core-slots") + 1] for place in places}
+    assert [place[place.index("--core-slot") + 1] for place in places] == ["0", "1"]
+    slots = Path(file).read_bytes()
+    assert len(slots) == 2 * SLOT_BYTES
+    up.run("chat", "What is the capital of France?")
+    assert slots != Path(file).read_bytes()
 
 
 def test_chat_answers_an_argument_and_standard_input(up: Up) -> None:

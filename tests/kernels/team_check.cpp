@@ -68,7 +68,7 @@ static void shares_add_up() {
                 std::vector<CoreSlot> slots(workers);
                 int sum = 0, least = cores, most = 0, count = 0;
                 for (int worker = 0; worker < workers; worker++)
-                    if (busy >> worker & 1) Cores(cores, slots.data(), workers, worker).busy_for(BUSY_NS);
+                    if (busy >> worker & 1) Cores(cores, slots.data(), workers, worker).begin();
                 for (int worker = 0; worker < workers; worker++) {
                     if (!(busy >> worker & 1)) continue;
                     const int mine = Cores(cores, slots.data(), workers, worker).mine();
@@ -83,11 +83,12 @@ static void shares_add_up() {
 static void a_killed_worker_counts_for_a_moment() {
     CoreSlot slots[2]{};
     Cores killed(2, slots, 2, 0), other(2, slots, 2, 1);
-    killed.busy_for(BUSY_NS);
+    killed.begin();
     CHECK(other.mine() == 1);
     std::this_thread::sleep_for(std::chrono::nanoseconds(BUSY_NS + 1'000'000));
     CHECK(other.mine() == 2);
-    killed.busy_for(BETWEEN_NS);
+    killed.begin();
+    killed.end();
     std::this_thread::sleep_for(std::chrono::nanoseconds(BETWEEN_NS + 1'000'000));
     CHECK(other.mine() == 2);
 }

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 constexpr int64_t BUSY_NS = 200'000'000;  // longer than a phase
+constexpr int64_t RENEW_NS = 1'000'000;    // others read the slot all the time: it changes no more often
 constexpr int64_t BETWEEN_NS = 3'000'000;  // what is between two steps is part of computing
 
 struct alignas(64) CoreSlot {
@@ -28,11 +29,32 @@ class Cores {
     // `slots` null: a worker that shares with nobody has all cores.
     Cores(int cores, CoreSlot* slots, int workers, int slot) : cores_(cores), slots_(slots), workers_(workers), slot_(slot) {}
 
-    // How many this worker may compute on now.
-    int mine() const {
+    // A phase begins: this worker counts as computing. How many cores it may compute on.
+    int begin() {
         if (!slots_) return cores_;
-        int busy = 1, before = 0;
         const int64_t now = steady_ns();
+        if (now >= renew_at_) say(now + BUSY_NS, now + RENEW_NS);
+        return mine(now);
+    }
+
+    // The step is over: this worker comes back in a moment, or is idle.
+    void end() {
+        if (slots_) say(steady_ns() + BETWEEN_NS, 0);
+    }
+
+    int mine() const { return slots_ ? mine(steady_ns()) : cores_; }
+
+    // Changes when another worker begins: as long as it is the same, `mine` is not less than it was.
+    int64_t signs() const {
+        int64_t sum = 0;
+        for (int worker = 0; worker < workers_; worker++)
+            if (worker != slot_) sum += slots_[worker].busy_until.load(std::memory_order_relaxed);
+        return sum;
+    }
+
+   private:
+    int mine(int64_t now) const {
+        int busy = 1, before = 0;
         for (int worker = 0; worker < workers_; worker++)
             if (worker != slot_ && computes(worker, now)) {
                 busy++;
@@ -41,12 +63,11 @@ class Cores {
         return std::max(1, cores_ / busy + (before < cores_ % busy));
     }
 
-    // This worker computes for the next `ns` nanoseconds at most, if it says nothing else before.
-    void busy_for(int64_t ns) {
-        if (slots_) slots_[slot_].busy_until.store(steady_ns() + ns, std::memory_order_relaxed);
+    void say(int64_t busy_until, int64_t renew_at) {
+        slots_[slot_].busy_until.store(busy_until, std::memory_order_relaxed);
+        renew_at_ = renew_at;
     }
 
-   private:
     bool computes(int worker, int64_t now) const {
         const int64_t left = slots_[worker].busy_until.load(std::memory_order_relaxed) - now;
         return left > 0 && left <= BUSY_NS;
@@ -55,4 +76,5 @@ class Cores {
     const int cores_;
     CoreSlot* const slots_;
     const int workers_, slot_;
+    int64_t renew_at_ = 0;
 };

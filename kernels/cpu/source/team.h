@@ -48,20 +48,19 @@ class Team {
     // Calls f(item), or f(item, thread), once for each item; returns when all are done. One caller at a time.
     template <typename F>
     void share(int items, F f) {
-        cores_.busy_for(BUSY_NS);
-        const int threads = std::min({threads_, items, cores_.mine()});
+        const int threads = std::min({cores_.begin(), threads_, items});
         if (threads <= 1) {
             call<F>(&f, 0, items, 0);
             return;
         }
         open({call<F>, &f, items});
         wake(threads);
-        work(0);
+        work(0, 0);
         await_finished(items);
     }
 
-    // The step is over; its worker will come back soon, or count as idle.
-    void rest() { cores_.busy_for(BETWEEN_NS); }
+    // The step is over.
+    void rest() { cores_.end(); }
 
    private:
     struct Phase {
@@ -92,10 +91,11 @@ class Team {
     }
 
     // Works on the open phase until no item of it is left, or the thread's core is wanted elsewhere.
-    void work(int thread) {
+    // `signs`: what `Cores::signs` was when it was last known to be free.
+    void work(int thread, int64_t signs) {
         int done = 0;
         uint64_t word = word_.load(std::memory_order_acquire);
-        while ((word & LEFT) != 0 && (thread == 0 || may_help(thread))) {
+        while ((word & LEFT) != 0 && still_mine(thread, signs)) {
             // Few at a time towards the end, so that all end together.
             const int left = int(word & LEFT), count = std::max(1, left / (4 * threads_));
             if (!word_.compare_exchange_weak(word, word - count, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
@@ -109,7 +109,12 @@ class Team {
         if (thread != 0) finished_.notify_one();
     }
 
-    bool may_help(int thread) const { return thread < cores_.mine(); }
+    bool still_mine(int thread, int64_t& signs) const {
+        const int64_t now = cores_.signs();
+        if (thread == 0 || now == signs) return true;
+        signs = now;
+        return thread < cores_.mine();
+    }
 
     void await_finished(int items) {
         for (int looks = 0; looks < LOOKS; looks++) {
@@ -122,17 +127,18 @@ class Team {
 
     void serve(int thread) {
         while (!stopping_.load(std::memory_order_relaxed)) {
-            work(thread);
-            if (!soon(thread)) sleep(thread);
+            const int64_t signs = cores_.signs();
+            if (thread < cores_.mine() && soon()) work(thread, signs);
+            else sleep(thread);
         }
     }
 
-    bool wanted(int thread) const { return (word_.load(std::memory_order_seq_cst) & LEFT) != 0 && may_help(thread); }
+    bool is_open() const { return (word_.load(std::memory_order_seq_cst) & LEFT) != 0; }
 
     // Looks for a while whether there is something to do.
-    bool soon(int thread) const {
+    bool soon() const {
         for (int looks = 0; looks < LOOKS; looks++) {
-            if ((word_.load(std::memory_order_relaxed) & LEFT) != 0) return may_help(thread);
+            if (is_open()) return true;
             pause_briefly();
         }
         return false;
@@ -143,7 +149,8 @@ class Team {
     void sleep(int thread) {
         auto& asleep = asleep_[thread].asleep;
         asleep.store(1, std::memory_order_seq_cst);
-        if (!wanted(thread) && !stopping_) asleep.wait(1);
+        const bool wanted = is_open() && thread < cores_.mine();
+        if (!wanted && !stopping_) asleep.wait(1);
         asleep.store(0, std::memory_order_relaxed);
     }
 

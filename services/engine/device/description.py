@@ -1,10 +1,9 @@
 """What torch can compute on, in words: for `diptych doctor`."""
 
-import os
-
 import torch
 
 from services.core.errors import ConfigError
+from services.core.usable_cores import usable_cores
 
 
 def describe_device(name: str) -> str:
@@ -20,6 +19,6 @@ def describe_device(name: str) -> str:
 
 def _kind(device: torch.device) -> str:
     if device.type != "cuda":
-        return f"{len(os.sched_getaffinity(0))} CPU cores"
+        return f"{usable_cores()} CPU cores"
     facts = torch.cuda.get_device_properties(device)
     return f"{facts.name} with {facts.total_memory / 2**30:.0f} GiB"

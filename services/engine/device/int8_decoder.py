@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.core_slots import CoreSlots
 from kernels.cpu.int8 import Int8Decoder, Int8Kernels, Int8Model
 from kernels.cpu.packed_weight import PackedWeight, pack, pack_gate_up
 from kernels.ops import AttentionRow
@@ -15,6 +17,7 @@ from services.engine.device.decoder import rope_frequencies
 from services.engine.device.fused_tensor import FusedTensor
 from services.engine.device.sampler import Choose, choose_with_kernels
 from services.engine.device.weights import Packing, load_weights
+from services.engine.messages import SharedCores
 from services.engine.runner import Row
 from services.model.files import ModelFiles
 from services.model.home import diptych_home
@@ -39,18 +42,29 @@ class QuantizedDecoder:
         return self._decoder.logits_at(range(first + places.start, first + places.stop))
 
 
-def load_int8_decoder(files: ModelFiles, pool: Tensor, threads: int) -> QuantizedDecoder:
+def _kernels(threads: int, shared: SharedCores | None) -> Int8Kernels:
+    folder = diptych_home() / "kernels"
+    if shared is None:
+        return Int8Kernels(folder, threads)
+    return Int8Kernels(folder, shared.cores, slots=CoreSlots(Path(shared.file), shared.slot))
+
+
+def load_int8_decoder(
+    files: ModelFiles, pool: Tensor, threads: int, shared: SharedCores | None
+) -> QuantizedDecoder:
     """Raises ModelFileError, or ConfigError if the kernels cannot be built or cannot use this pool."""
     if pool.device.type != "cpu" or pool.dtype != torch.float32:
         raise ConfigError(
             "--quantization int8 computes on a CPU with KV in float32: leave --device and --dtype as they are"
         )
     try:
-        kernels = Int8Kernels(diptych_home() / "kernels", threads)
+        kernels = _kernels(threads, shared)
     except KernelsUnavailable as error:
         raise ConfigError(
             f"--quantization int8 needs its kernels: {error}; or use --quantization none"
         ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--core-slots: {error}; leave it out, `diptych up` makes it") from None
     weights = load_weights(files, torch.float32, pool.device, _PACKING)
     config = files.config
     model = Int8Model(

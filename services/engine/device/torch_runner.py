@@ -19,6 +19,7 @@ from services.engine.device.int8_decoder import load_int8_decoder
 from services.engine.device.logprobs import prompt_logprobs, sampled_logprobs, score
 from services.engine.device.sampler import Choose, sample_tokens
 from services.engine.device.weights import TORCH_PACKING, load_weights
+from services.engine.messages import SharedCores
 from services.engine.runner import Outcome, Row, Targets
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles
@@ -61,11 +62,13 @@ class TorchRunner:
         device: str = "cpu",
         quantization: str = "none",
         compiled: bool = False,
+        cores: SharedCores | None = None,
     ) -> None:
         """Loads the model, which takes seconds.
 
         `pool` is memory shared with the I/O process, of geometry.bytes zeros (CPU only); None: the
-        runner allocates the pool on its device. `threads` are this process's CPU threads for computing.
+        runner allocates the pool on its device. `threads` are this process's CPU threads for computing;
+        `cores` are those that quantised steps share with other workers, instead.
 
         Raises ModelFileError, or ConfigError if the geometry is not the model's, or the quantisation or
         compiling is not possible here.
@@ -73,7 +76,11 @@ class TorchRunner:
         _check_geometry(files.config, geometry)
         _set_threads(threads)
         self.pool = _pool_tensor(geometry, pool, device)
-        self._decoder = _decoder(files, self.pool, threads, quantization, compiled)
+        self._decoder = (
+            _torch_decoder(files, self.pool, compiled)
+            if quantization == "none"
+            else load_int8_decoder(files, self.pool, threads, cores)
+        )
         self._grammars = Grammars(
             lambda: GrammarVocabulary.of(files.tokenizer(), files.config.vocab_size).load(), threads
         )
@@ -146,9 +153,7 @@ class TorchRunner:
         return logits[order]
 
 
-def _decoder(files: ModelFiles, pool: Tensor, threads: int, quantization: str, compiled: bool) -> Computation:
-    if quantization != "none":
-        return load_int8_decoder(files, pool, threads)
+def _torch_decoder(files: ModelFiles, pool: Tensor, compiled: bool) -> Computation:
     weights = load_weights(files, pool.dtype, pool.device, TORCH_PACKING)
     if compiled:
         from services.engine.device.compiled_decoder import CompiledDecoder  # importing it takes seconds

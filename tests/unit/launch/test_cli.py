@@ -67,7 +67,10 @@ def test_up_without_prefill_workers_is_possible() -> None:
 
 
 def test_the_choice_of_threads_is_told() -> None:
-    assert describe_threads(plan(), cores=2) == "threads: 1 per worker (2 cores / 2 workers)"
+    assert describe_threads(plan(), cores=2) == (
+        "threads: 1 per worker (2 cores / 2 workers); with 8-bit weights up to 2 while others are idle"
+    )
+    assert describe_threads(plan(), cores=1) == "threads: 1 per worker (1 cores / 2 workers)"
     assert describe_threads(plan(threads=3), cores=2) == "threads: 3 per worker (--threads)"
 
 

@@ -40,11 +40,14 @@ async def failure_of(cluster: LocalCluster) -> DiptychError:
 
 async def test_a_worker_that_cannot_start_is_quoted_and_everything_is_stopped(tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
-    failure = await failure_of(LocalCluster(plan(tmp_path), Display()))
+    cluster = LocalCluster(plan(tmp_path), Display())
+    failure = await failure_of(cluster)
     assert isinstance(failure, WorkerLost)
     assert "exited with code 1 at start; its last lines were:" in failure.message
     assert str(tmp_path / "broken.gguf") in failure.message
     assert set(psutil.Process().children(recursive=True)) <= before
+    assert cluster._cores is not None
+    assert not cluster._cores.path.exists()
 
 
 async def test_the_logs_of_the_cluster_before_are_kept(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.core_slots import SLOT_BYTES
 from kernels.cpu.int8 import Int8Kernels
 from services.core.errors import ConfigError
 from services.engine.device.decoder import Decoder
 from services.engine.device.fused_tensor import FusedTensor
 from services.engine.device.torch_runner import TorchRunner
 from services.engine.device.weights import Packing, load_weights
+from services.engine.messages import SharedCores
 from services.engine.runner import Row, Sample
 from services.model.files import open_model
 from services.model.home import diptych_home
@@ -123,7 +125,7 @@ def test_a_sequence_has_the_same_bits_in_every_batch_chunk_thread_and_block_size
 ) -> None:
     """Random steps: each computes a random piece of some of the sequences, in a random order."""
     block_size = data.draw(st.sampled_from([4, 8, 16]))
-    runner = open_int8(sequences.path, data.draw(st.sampled_from([1, 2])), block_size)
+    runner = open_int8(sequences.path, data.draw(st.sampled_from([1, 2, 5])), block_size)
     blocks = 80 // block_size
     drivers = [Driver(runner, range(at * blocks, (at + 1) * blocks)) for at in range(len(sequences.tokens))]
     done = [0] * len(drivers)
@@ -164,6 +166,46 @@ def test_a_sequence_that_overflows_leaves_the_others_as_they_are(tmp_path: Path)
     assert torch.equal(both[1], expected)
     assert runner.pool.isfinite().all()
     assert torch.equal(runner.logits([Row(calm, 0, [1], samples)])[0], expected)
+
+
+def test_a_worker_that_shares_its_cores_computes_the_same_bits_whoever_is_busy(tmp_path: Path) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "cores"
+    file.write_bytes(bytes(2 * SLOT_BYTES))
+    files = open_model(tmp_path)
+    geometry = files.config.pool_geometry(BLOCKS, BLOCK_SIZE)
+    first, second = (
+        TorchRunner(
+            files, geometry, None, threads=1, quantization="int8-g32", cores=SharedCores(str(file), slot, 3)
+        )
+        for slot in range(2)
+    )
+    rows = [Row(torch.randint(0, 199, (40,)).tolist(), 0, [1, 2, 3, 4, 5], [Sample(GREEDY, [], [])])]
+    alone = open_int8(tmp_path).logits(rows)
+    assert file.read_bytes() == bytes(2 * SLOT_BYTES)
+    for runner in (first, second, second, first):
+        assert torch.equal(runner.logits(rows), alone)
+    assert all(any(file.read_bytes()[slot * SLOT_BYTES :][:SLOT_BYTES]) for slot in range(2))
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+def test_a_place_among_the_cores_that_is_not_there_names_the_option(
+    tmp_path: Path, slots: int | None
+) -> None:
+    random_model("llama").save_pretrained(tmp_path)
+    if slots:
+        (tmp_path / "cores").write_bytes(bytes(slots * SLOT_BYTES))
+    files = open_model(tmp_path)
+    geometry = files.config.pool_geometry(4, 8)
+    with pytest.raises(ConfigError, match=r"--core-slots: .*cores"):
+        TorchRunner(
+            files,
+            geometry,
+            None,
+            threads=1,
+            quantization="int8-g32",
+            cores=SharedCores(str(tmp_path / "cores"), 1, 2),
+        )
 
 
 def test_what_the_kernels_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
