@@ -3,8 +3,10 @@
     make bench-cpu [QUICK=1] [ONLY=diptych,llama.cpp,vllm,transformers] [SHAPE=256x64] [CONCURRENCY=1,8,32]
     python -m tests.bench.cpu [--quick] [--only ...] [--shapes ...] [--concurrency ...] [--resume] [--render]
 
-Peers are installed and built on first use, into ~/.cache/diptych/bench. Each server runs alone. Prompts are
-random token ids, and others in every request, so that no prefix cache helps; answers have their full length.
+Peers are installed and built on first use, into ~/.cache/diptych/bench (a quarter of an hour on two cores). A
+full run then takes about an hour on two cores with AVX-512, QUICK=1 about ten minutes; no repetition of a
+load takes more than three minutes: what is not answered by then has failed. Each server runs alone. Prompts
+are random token ids, and others in every request, so that no prefix cache helps; answers have full length.
 Figures are medians of three rounds; memory is the proportional set size of all of a server's processes. After
 each repetition what is known is saved: --resume goes on with the file of a broken run (and marks what is of
 another start), --render only writes its tables and picture.

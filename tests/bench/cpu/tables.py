@@ -150,9 +150,7 @@ def _aims(judged: Sequence[Judged], mark: _Mark) -> Table:
                 each.verdict + (f" ({each.why_no_claim})" if each.why_no_claim else ""),
                 f"{each.ours.contestant}: {values[0]}{mark(each.ours)}",
                 f"{each.theirs.contestant} ({each.theirs.setting}): {values[1]}{mark(each.theirs)}",
-                "-"
-                if each.tried == each.theirs
-                else f"{_ratio_text(each.ratio_to_tried)} ({each.tried.setting})",
+                "-" if each.tried == each.theirs else _tried(each),
             ]
         )
     notes = (
@@ -160,6 +158,10 @@ def _aims(judged: Sequence[Judged], mark: _Mark) -> Table:
     )
     columns = ("aim", "ratio", "wanted", "verdict", "ours", "the better peer", "to the best setting tried")
     return Table("Aims", columns, lines, notes)
+
+
+def _tried(each: Judged) -> str:
+    return f"{_ratio_text(each.ratio_to_tried)} ({each.tried.contestant}, {each.tried.setting})"
 
 
 def _any_mark(judged: Sequence[Judged], mark: _Mark) -> bool:
