@@ -76,4 +76,6 @@ def bench_home() -> Path:
 
 
 def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    return " ".join([*(f"{name}={value}" for name, value in environment.items()), *map(str, command)])
+    """As a person would type it, who is at home."""
+    words = [*(f"{name}={value}" for name, value in environment.items()), *command]
+    return " ".join(words).replace(str(Path.home()), "~")

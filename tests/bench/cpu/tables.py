@@ -20,12 +20,13 @@ class Table:
 
     def text(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.columns, *self.lines, strict=True)]
-        lines = [self._aligned(line, widths) for line in (self.columns, *self.lines)]
+        lines = [self._aligned(line, widths) for line in (self.columns, *self.lines)] if self.lines else []
         return "\n".join([f"\n{self.title}", *lines, *(f"  {note}" for note in self.notes)])
 
     def markdown(self) -> str:
         rule = ["---", *("---:" for _ in self.columns[1:])]
-        lines = [f"| {' | '.join(line)} |" for line in (self.columns, rule, *self.lines)]
+        shown = (self.columns, rule, *self.lines) if self.lines else ()
+        lines = [f"| {' | '.join(line)} |" for line in shown]
         return "\n".join([f"## {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes), ""])
 
     @staticmethod
@@ -44,7 +45,7 @@ def tables(results: Results) -> list[Table]:
     mark = _Mark(results)
     made = [*(_speeds(full, shape, mark) for shape in shapes), _equal(full, mark)]
     made += [_settings(rows, mark), _weather(results), _aims(judge(rows), mark)]
-    return [table for table in made if table.lines]
+    return [table for table in made if table.lines or table.notes]
 
 
 class _Mark:
@@ -187,7 +188,7 @@ def _settings(rows: Sequence[Row], mark: _Mark) -> Table:
     ]
     notes = [f"{contestant}, {setting}: `{command}`" for contestant, setting, command in commands]
     columns = ("server", "setting", "clients", "tokens/s", "TTFT ms", "p99 ITL ms", "")
-    return Table("Settings and command lines", columns, lines or [["-"] * len(columns)], notes)
+    return Table("Settings and command lines", columns, lines, notes)
 
 
 def _weather(results: Results) -> Table:
