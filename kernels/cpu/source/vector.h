@@ -33,7 +33,7 @@ typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 static inline Floats load(const float* at) { return *reinterpret_cast<const Floats*>(at); }
 static inline void store(float* at, Floats x) { *reinterpret_cast<Floats*>(at) = x; }
-static inline Floats all(float x) { return Floats{} + x; }
+static inline Floats all(float x) { return x - Floats{}; }  // "+" would turn -0 into 0: one more operation
 static inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
 static inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
 
