@@ -97,19 +97,36 @@ class Int8Kernels:
         self.library.diptych_linear(self.team, byref(weight.struct), x.data_ptr(), len(x), y.data_ptr())
         return y
 
+    def kv_write(
+        self, pool: Tensor, layer: int, k: Tensor, v: Tensor, blocks: Sequence[int], offsets: Sequence[int]
+    ) -> None:
+        """float32 k and v [tokens, kv_heads, dim] to these places of a pool as `paged_attention` takes it."""
+        k, v = k.clone(memory_format=torch.contiguous_format), v.clone(memory_format=torch.contiguous_format)
+        places = np.array([blocks, offsets], dtype=np.int32)
+        self.library.diptych_kv_write(
+            byref(_pool_struct(pool, k.shape[2])),
+            layer,
+            places[0].ctypes.data,
+            places[1].ctypes.data,
+            len(k),
+            k.data_ptr(),
+            v.data_ptr(),
+        )
+
     def paged_attention(
         self, q: Tensor, pool: Tensor, layer: int, rows: Sequence[AttentionRow], window: int | None
     ) -> Tensor:
         """float32 [tokens, heads, dim] -> [tokens, heads * dim]; `rows` own the tokens one after the other.
 
-        pool: contiguous [blocks, layers, 2, kv_heads, block_size, dim], finite, with the tokens' own k and v.
+        pool: contiguous [blocks, layers, 2, kv_heads, block_size, dim] of float32, finite, or of int8 with
+        rows of [block_size, width + 4] bytes as source/pool.h lays them out; with the tokens' own k and v.
         """
         q = q.contiguous()
         out = torch.empty((len(q), q.shape[1] * q.shape[2]))
         sequences, tables = _sequences(rows)
         self.library.diptych_attention(
             self.team,
-            byref(_pool_struct(pool)),
+            byref(_pool_struct(pool, q.shape[2])),
             layer,
             q.shape[1],
             window or 0,
@@ -157,7 +174,7 @@ class Int8Decoder:
     """A Llama-shaped model whose step is one call."""
 
     def __init__(self, kernels: Int8Kernels, model: Int8Model, pool: Tensor) -> None:
-        """pool: contiguous, finite float32 [blocks, layers, 2, kv_heads, block_size, head_dim]."""
+        """pool: as `Int8Kernels.paged_attention` takes it, finite."""
         assert model.heads % model.kv_heads == 0, "each kv head serves the same number of heads"
         assert model.head_dim % 2 == 0, "a head rotates in two halves"
         self._kernels = kernels
@@ -209,6 +226,11 @@ class Int8Decoder:
         return logits
 
 
+def kv_token_bytes(dim: int) -> int:
+    """Of a token of a head in a pool of int8: codes in fours, and their scale."""
+    return -(-dim // 4) * 4 + 4
+
+
 def _sequences(rows: Sequence[AttentionRow]) -> tuple[NDArray[np.void], NDArray[np.int32]]:
     """The rows for C++, and their block tables, which must live as long as these are used."""
     sequences = np.empty(len(rows), dtype=SEQUENCE)
@@ -221,9 +243,11 @@ def _sequences(rows: Sequence[AttentionRow]) -> tuple[NDArray[np.void], NDArray[
     return sequences, tables
 
 
-def _pool_struct(pool: Tensor) -> PoolStruct:
-    _, layers, _, kv_heads, block_size, dim = pool.shape
-    return PoolStruct(pool.data_ptr(), layers, kv_heads, block_size, dim)
+def _pool_struct(pool: Tensor, dim: int) -> PoolStruct:
+    assert pool.is_contiguous(), "C++ reads blocks one after the other"
+    _, layers, _, kv_heads, block_size, last = pool.shape
+    assert last == (dim if pool.dtype == torch.float32 else kv_token_bytes(dim)), "rows fit the heads"
+    return PoolStruct(pool.data_ptr(), layers, kv_heads, block_size, dim, 8 * pool.itemsize)
 
 
 def _model_struct(model: Int8Model, pool: Tensor) -> ModelStruct:
@@ -237,14 +261,13 @@ def _model_struct(model: Int8Model, pool: Tensor) -> ModelStruct:
         intermediate=model.intermediate,
         vocab=model.embedding.outputs,
         window=model.window or 0,
-        block_size=pool.shape[4],
         rms_norm_eps=model.rms_norm_eps,
         frequencies=_address(model.frequencies),
         embedding=model.embedding.struct,
         layer=layers,
         final_norm=_address(model.final_norm),
         unembedding=model.unembedding.struct,
-        pool=_address(pool),
+        pool=_pool_struct(pool, model.head_dim),
     )
 
 

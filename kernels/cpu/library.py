@@ -27,6 +27,17 @@ class LayerStruct(Structure):
     ]
 
 
+class PoolStruct(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("layers", c_int32),
+        ("kv_heads", c_int32),
+        ("block_size", c_int32),
+        ("dim", c_int32),
+        ("bits", c_int32),
+    ]
+
+
 class ModelStruct(Structure):
     _fields_ = [
         ("layers", c_int32),
@@ -37,14 +48,13 @@ class ModelStruct(Structure):
         ("intermediate", c_int32),
         ("vocab", c_int32),
         ("window", c_int32),
-        ("block_size", c_int32),
         ("rms_norm_eps", c_float),
         ("frequencies", c_void_p),
         ("embedding", PackedStruct),
         ("layer", POINTER(LayerStruct)),
         ("final_norm", c_void_p),
         ("unembedding", PackedStruct),
-        ("pool", c_void_p),
+        ("pool", PoolStruct),
     ]
 
 
@@ -78,16 +88,6 @@ class BatchStruct(Structure):
     ]
 
 
-class PoolStruct(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("layers", c_int32),
-        ("kv_heads", c_int32),
-        ("block_size", c_int32),
-        ("dim", c_int32),
-    ]
-
-
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "diptych_team_create": (c_void_p, [c_int32, c_void_p, c_int32, c_int32]),
     "diptych_team_destroy": (None, [c_void_p]),
@@ -95,6 +95,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "diptych_attention": (
         None,
         [c_void_p, POINTER(PoolStruct), *[c_int32] * 3, c_void_p, c_int32, c_void_p, c_void_p],
+    ),
+    "diptych_kv_write": (
+        None,
+        [POINTER(PoolStruct), c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p],
     ),
     "diptych_sample": (None, [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p]),
     "diptych_rms_norm": (None, [c_void_p, c_void_p, c_int32, c_int32, c_float, c_void_p]),

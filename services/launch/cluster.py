@@ -45,6 +45,7 @@ class ClusterPlan:
     logs: Path | None
     quantization: str = "auto"  # of the weights
     compile: bool = False  # the torch model
+    kv_cache_dtype: str = "auto"
     redis: str = ""  # empty: an embedded Valkey
     threads: int = 0  # per worker; 0: an equal share of the cores, and what the others leave idle
     blocks: int = 0  # KV blocks per worker; 0: the worker's default
@@ -157,6 +158,7 @@ class LocalCluster:
         flags = ["--role", role, "--worker-id", worker_id, *self._common_flags()]
         flags += ["--dtype", self._plan.dtype, "--quantization", self._plan.quantization]
         flags += ["--compile"] if self._plan.compile else []
+        flags += ["--kv-cache-dtype", self._plan.kv_cache_dtype]
         flags += ["--threads", str(threads)]
         if self._cores is not None:
             flags += ["--core-slots", str(self._cores.path), "--core-slot", str(len(self._worker_ids))]

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         model=model,
         dtype=worker.dtype,
         quantization=decide_quantization(worker, display),
+        kv_cache_dtype=worker.kv_cache_dtype,
         logs=diptych_home() / "logs" / "demo",
         # Such a short prompt would go to the decode worker alone; here both shall be seen at work.
         route_split="always",

@@ -20,9 +20,14 @@ from services.launch.model import resolve_model
 from services.launch.signals import run_until_signal
 from services.model.home import diptych_home
 from services.worker.config import WorkerConfig
-from services.worker.quantization import BUILDING, choose_quantization
+from services.worker.quantization import BUILDING, choose_kv_dtype, choose_quantization
 
-WORKER_FLAGS = ("dtype", "quantization", "compile")  # of `up`, which are the same as a worker's
+WORKER_FLAGS = (
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+    "compile",
+)  # of `up`, which are the same as a worker's
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,7 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--dtype",
         default=argparse.SUPPRESS,
         choices=["float32", "bfloat16", "float16"],
-        help="type of weights, activations and KV (default: float32)",
+        help="type of weights and activations (default: float32)",
     )
     parser.add_argument(
         "--quantization",
@@ -46,6 +51,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=["auto", "int8", "none"],
         help="of the weights; int8: on a CPU, 2 to 6 times as fast, needs a C++ compiler once; auto: int8 "
         "where that is possible and --dtype is float32 (default: auto)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default=argparse.SUPPRESS,
+        choices=["auto", "float32", "int8"],
+        help="type of KV; auto: int8 beside --quantization int8, else that of --dtype (default: auto)",
     )
     parser.add_argument(
         "--compile",
@@ -103,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=worker.dtype,
         quantization=decide_quantization(worker, display),
         compile=worker.compile,
+        kv_cache_dtype=worker.kv_cache_dtype,
         logs=None if arguments.verbose else diptych_home() / "logs",
         redis=arguments.redis or os.environ.get("DIPTYCH_UP__REDIS", ""),
         threads=arguments.threads,
@@ -160,10 +172,11 @@ def worker_settings(arguments: argparse.Namespace) -> WorkerConfig:
 def decide_quantization(worker: WorkerConfig, display: Display) -> str:
     """What `auto` is, for all workers alike; if kernels are needed, one process builds them.
 
-    Raises ConfigError.
+    Raises ConfigError, also if the KV cannot have the type that is demanded.
     """
     chosen = choose_quantization(worker, lambda: display.line(BUILDING))
     display.line(str(chosen))
+    choose_kv_dtype(worker, chosen.name)
     return chosen.name
 
 

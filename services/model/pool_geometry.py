@@ -2,13 +2,20 @@
 
     [block][layer][k|v][kv_head][token][dim]
 
-so one block is one contiguous range of bytes, on the wire as in memory. In the memory that a worker's
-two processes share, one uint64 per block follows the pool: its generation, raised at every reuse.
+so one block is one contiguous range of bytes, on the wire as in memory. A row of int8 (the tokens of one
+head's k or v) holds codes of one byte, the head's dimensions filled up to fours, and then a float32 scale
+for each token:
+
+    k  [dim / 4][token][4], scales [token]        v  [token][dim], scales [token]
+
+In the memory that a worker's two processes share, one uint64 per block follows the pool: its generation,
+raised at every reuse.
 """
 
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4
 GENERATION_BYTES = 8
 
 
@@ -23,7 +30,10 @@ class PoolGeometry:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
-        return (self.blocks, self.layers, 2, self.kv_heads, self.block_size, self.head_dim)
+        """Of the pool in numbers of its dtype. The last two axes of int8 are not [token][dim] but a row's
+        bytes, as many as all its tokens take."""
+        last = self.row_token_bytes // DTYPE_BYTES[self.dtype]
+        return (self.blocks, self.layers, 2, self.kv_heads, self.block_size, last)
 
     @property
     def rows(self) -> int:
@@ -33,6 +43,8 @@ class PoolGeometry:
     @property
     def row_token_bytes(self) -> int:
         """Bytes of one token in one row."""
+        if self.dtype == "int8":
+            return -(-self.head_dim // 4) * 4 + SCALE_BYTES
         return self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.model.pool_geometry import PoolGeometry
+from services.model.pool_geometry import SCALE_BYTES, PoolGeometry
 
 
 class PoolMemory:
@@ -53,17 +53,30 @@ class PoolMemory:
         `block_ids` are the blocks of the sequence from its first token on. `payload` holds whole blocks
         of `block_size` tokens, the first of which begins at `first_token`.
         """
-        source = self._as_rows(payload, block_size)
-        ours = self._as_rows(self.pool, self.block_size)
+        parts = list(
+            zip(self._by_token(payload, block_size), self._by_token(self.pool, self.block_size), strict=True)
+        )
         while start < end:
             theirs, their_offset = divmod(start - first_token, block_size)
             index, offset = divmod(start, self.block_size)
             count = min(block_size - their_offset, self.block_size - offset, end - start)
-            piece = source[theirs, :, their_offset : their_offset + count]
-            ours[block_ids[index], :, offset : offset + count] = piece
+            for source, ours in parts:
+                piece = source[theirs, ..., their_offset : their_offset + count, :]
+                ours[block_ids[index], ..., offset : offset + count, :] = piece
             start += count
 
-    def _as_rows(self, memory: bytes | memoryview, block_size: int) -> np.ndarray:
-        """As [block][row][token][byte]; no copy."""
-        shape = (-1, self.geometry.rows, block_size, self.geometry.row_token_bytes)
-        return np.frombuffer(memory, np.uint8).reshape(shape)
+    def _by_token(self, memory: bytes | memoryview, block_size: int) -> list[np.ndarray]:
+        """All of it as arrays [block][...][token][byte]; no copy."""
+        geometry = self.geometry
+        heads = (geometry.layers, 2, geometry.kv_heads)
+        rows = np.frombuffer(memory, np.uint8).reshape(-1, *heads, block_size * geometry.row_token_bytes)
+        if geometry.dtype != "int8":
+            return [rows.reshape(-1, *heads, block_size, geometry.row_token_bytes)]
+        width = geometry.row_token_bytes - SCALE_BYTES
+        codes, scales = rows[..., : block_size * width], rows[..., block_size * width :]
+        k, v = codes[:, :, 0], codes[:, :, 1]
+        return [
+            k.reshape(*k.shape[:-1], width // 4, block_size, 4),
+            v.reshape(*v.shape[:-1], block_size, width),
+            scales.reshape(*scales.shape[:-1], block_size, SCALE_BYTES),
+        ]

@@ -29,7 +29,7 @@ class WorkerConfig:
         default="", metadata={"help": "name that clients use (default: from the file)"}
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "type of weights, activations and KV"}
+        default="float32", metadata={"help": "type of weights and activations"}
     )
     quantization: Literal["auto", "int8", "none"] = field(
         default="auto",
@@ -37,6 +37,10 @@ class WorkerConfig:
             "help": "of the weights; int8: on a CPU, 2 to 6 times as fast, needs a C++ compiler once; auto: "
             "int8 where that is possible and --dtype is float32"
         },
+    )
+    kv_cache_dtype: Literal["auto", "float32", "int8"] = field(
+        default="auto",
+        metadata={"help": "type of KV; auto: int8 beside --quantization int8, else that of --dtype"},
     )
     compile: bool = field(
         default=False,

@@ -15,12 +15,13 @@ from services.model.files import ModelFiles, open_model
 from services.model.pool_geometry import PoolGeometry
 from services.model.pull import ensure_default_model
 from services.worker.config import WorkerConfig
-from services.worker.quantization import BUILDING, choose_quantization
+from services.worker.quantization import BUILDING, choose_kv_dtype, choose_quantization
 from services.worker.transports import parse_transports
 
 _BLOCK_SIZE_MAX = 512
 # The scheme that an option stands for: another scheme gives other numbers, so it needs another name.
 _QUANTIZATIONS = {"none": "none", "int8": "w4w8a8-g32"}  # weights of 4 or 8 bits, groups of 32: kernels/cpu
+_KV_INT8 = "int8-spread"  # 8 bits, one scale per token and head, keys spread: kernels/cpu/source/pool.h
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
     _check(config)
     quantization = _quantization(config)
     files = open_model(Path(config.model) if config.model else ensure_default_model())
-    geometry = _pool_geometry(config, files)
+    geometry = _pool_geometry(config, files, choose_kv_dtype(config, quantization))
     served_model = config.served_model_name or files.name
     return WorkerIdentity(
         key=WorkerKey(config.worker_id or f"{config.role}-{secrets.token_hex(3)}", random_epoch()),
@@ -56,7 +57,7 @@ def identify(config: WorkerConfig) -> WorkerIdentity:
             model=served_model,
             revision=files.revision(),
             quantization=_QUANTIZATIONS[quantization],
-            kv_dtype=config.dtype,
+            kv_dtype=_KV_INT8 if geometry.dtype == "int8" else geometry.dtype,
             block_size=config.block_size,
             layout=geometry.layout,
         ),
@@ -78,12 +79,12 @@ def _quantization(config: WorkerConfig) -> str:
     return chosen.name
 
 
-def _pool_geometry(config: WorkerConfig, files: ModelFiles) -> PoolGeometry:
-    one = files.config.pool_geometry(1, config.block_size, config.dtype)
+def _pool_geometry(config: WorkerConfig, files: ModelFiles, dtype: str) -> PoolGeometry:
+    one = files.config.pool_geometry(1, config.block_size, dtype)
     blocks = config.blocks or int(config.kv_gib * 2**30) // one.block_bytes
     if blocks < 1:
         raise ConfigError(f"--kv-gib {config.kv_gib} holds no KV block: one takes {one.block_bytes} bytes")
-    return files.config.pool_geometry(blocks, config.block_size, config.dtype)
+    return files.config.pool_geometry(blocks, config.block_size, dtype)
 
 
 def _check(config: WorkerConfig) -> None:

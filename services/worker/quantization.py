@@ -1,4 +1,4 @@
-"""What a worker computes its weights with: what `--quantization auto` is on this machine, and why.
+"""What a worker computes with: what `--quantization auto` is on this machine, and why; and its type of KV.
 
 It is decided before a worker has an identity, since that names it: blocks of KV are shared only between
 workers that compute alike. The launcher decides for a whole cluster, so that its workers do not differ.
@@ -56,6 +56,21 @@ def _for_torch(config: WorkerConfig) -> Quantization:
             "Leave --compile out, or use --quantization none"
         )
     return Quantization("none", "--compile is for the torch model")
+
+
+def choose_kv_dtype(config: WorkerConfig, quantization: str) -> str:
+    """The type of the KV beside weights of `quantization`. Raises ConfigError if the two cannot be."""
+    asked = config.kv_cache_dtype
+    if quantization == "int8":
+        if config.dtype != "float32":
+            raise ConfigError(f"--quantization int8 computes with --dtype float32, not {config.dtype}")
+        return "int8" if asked == "auto" else asked
+    if asked not in ("auto", config.dtype):
+        raise ConfigError(
+            f"--kv-cache-dtype {asked} needs --quantization int8; without it KV has the type "
+            f"of --dtype ({config.dtype}): leave --kv-cache-dtype at auto"
+        )
+    return config.dtype
 
 
 def build_kernels(on_build: Callable[[], object]) -> str:

@@ -22,14 +22,14 @@ struct Layer {
 };
 
 struct Model {
-    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, window, block_size;
+    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, window;
     float rms_norm_eps;
     const float* frequencies;  // [head_dim / 2], radians per position
     Packed embedding;          // [vocab][hidden]
     const Layer* layer;
     const float* final_norm;
     Packed unembedding;
-    float* pool;
+    Pool pool;
 };
 
 struct Batch {
@@ -82,7 +82,7 @@ class Decoder {
     Decoder(const Model& model, Team& team) : m_(model), layers_(model.layer, model.layer + model.layers), team_(team) {
         m_.layer = layers_.data();
         for (int thread = 0; thread < team.threads(); thread++)
-            scratch_.push_back(std::make_unique<AttentionScratch>(attention_rows(m_.heads, m_.kv_heads), m_.head_dim));
+            scratch_.push_back(std::make_unique<AttentionScratch>(m_.heads, m_.pool));
     }
 
     void run(const Batch& batch) {
@@ -131,9 +131,9 @@ class Decoder {
             memcpy(qkv(token) + block * COLUMNS, y, sizeof(float) * COLUMNS);
         });
         team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token); });
-        const Attention attention{pool(), index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
+        const Attention attention{m_.pool, index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
         team_.share(int(items_.size()), [&](int item, int thread) {
-            Attending(attention, batch.sequence, items_[item], *scratch_[thread]).run();
+            scratch_[thread]->attend(attention, batch.sequence, items_[item]);
         });
     }
 
@@ -150,13 +150,11 @@ class Decoder {
         }
         const Sequence& sequence = batch.sequence[sequence_of_[token]];
         const int position = sequence.start + token - sequence.first;
-        const int block = sequence.table[position / m_.block_size], offset = position % m_.block_size;
-        for (int part = 0; part < 2; part++)
+        const int block = sequence.table[position / m_.pool.block_size], offset = position % m_.pool.block_size;
+        for (int part : {KEYS, VALUES})
             for (int head = 0; head < m_.kv_heads; head++) {
-                const float* from = x + size_t(m_.heads + part * m_.kv_heads + head) * dim;
-                float* to = pool().at(block, index, part, head, offset);
-                // Attention reads whole tiles: what is in the pool must be finite.
-                for (int d = 0; d < dim; d++) to[d] = std::isfinite(from[d]) ? from[d] : 0.0f;
+                float* from = x + size_t(m_.heads + part * m_.kv_heads + head) * dim;
+                write_head(m_.pool, m_.pool.row(block, index, part, head), part, offset, from);
             }
     }
 
@@ -205,7 +203,6 @@ class Decoder {
         });
     }
 
-    Pool pool() const { return {m_.pool, m_.layers, m_.kv_heads, m_.block_size, m_.head_dim}; }
     // Widths of buffers: whole groups and blocks, so that no loop has a rest. Nothing but zeros is ever
     // written behind a row's inputs, because they take part in the scale of its last group.
     size_t hidden_width() const { return rounded_up(m_.hidden, COLUMNS); }

@@ -37,11 +37,22 @@ void diptych_attention(Team* team, const Pool* pool, int32_t layer, int32_t head
     const size_t stride = size_t(heads) * pool->dim;
     const Attention attention{*pool, layer, heads, window, q, stride, out, stride};
     const auto items = attention_items(sequences, count, heads, pool->kv_heads, team->threads());
-    std::vector<AttentionScratch> scratch(team->threads(), AttentionScratch(attention_rows(heads, pool->kv_heads), pool->dim));
+    std::vector<AttentionScratch> scratch(team->threads(), AttentionScratch(heads, *pool));
     team->share(int(items.size()), [&](int index, int thread) {
-        Attending(attention, sequences, items[index], scratch[thread]).run();
+        scratch[thread].attend(attention, sequences, items[index]);
     });
     team->rest();
+}
+
+// k and v [tokens][kv_heads][dim] of a layer into the pool, at offsets[token] of blocks[token]; both may change.
+void diptych_kv_write(const Pool* pool, int32_t layer, const int32_t* blocks, const int32_t* offsets, int32_t tokens,
+                      float* k, float* v) {
+    for (int token = 0; token < tokens; token++)
+        for (int part : {KEYS, VALUES})
+            for (int head = 0; head < pool->kv_heads; head++) {
+                float* x = (part == KEYS ? k : v) + (size_t(token) * pool->kv_heads + head) * pool->dim;
+                write_head(*pool, pool->row(blocks[token], layer, part, head), part, offsets[token], x);
+            }
 }
 
 void diptych_rms_norm(const float* x, const float* weight, int32_t rows, int32_t n, float eps, float* y) {

@@ -53,9 +53,10 @@ def load_int8_decoder(
     files: ModelFiles, pool: Tensor, threads: int, shared: SharedCores | None
 ) -> QuantizedDecoder:
     """Raises ModelFileError, or ConfigError if the kernels cannot be built or cannot use this pool."""
-    if pool.device.type != "cpu" or pool.dtype != torch.float32:
+    if pool.device.type != "cpu" or pool.dtype not in (torch.float32, torch.int8):
         raise ConfigError(
-            "--quantization int8 computes on a CPU with KV in float32: leave --device and --dtype as they are"
+            "--quantization int8 computes on a CPU, with KV of float32 or int8: leave --device and --dtype "
+            "as they are"
         )
     try:
         kernels = _kernels(threads, shared)

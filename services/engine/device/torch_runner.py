@@ -46,7 +46,8 @@ class Computation(Protocol):
 
 
 class TorchRunner:
-    """Weights, activations and KV all have the geometry's dtype, unless the weights are quantised.
+    """Weights, activations and KV all have the geometry's dtype, unless the weights are quantised; then
+    the KV alone has it.
 
     On a CPU with float32, a row's numbers do not depend on the other rows of its batch; quantised, not
     on how its prompt was cut into chunks either.
@@ -154,6 +155,8 @@ class TorchRunner:
 
 
 def _torch_decoder(files: ModelFiles, pool: Tensor, compiled: bool) -> Computation:
+    if pool.dtype == torch.int8:
+        raise ConfigError("--kv-cache-dtype int8 needs --quantization int8: torch computes with floats")
     weights = load_weights(files, pool.dtype, pool.device, TORCH_PACKING)
     if compiled:
         from services.engine.device.compiled_decoder import CompiledDecoder  # importing it takes seconds

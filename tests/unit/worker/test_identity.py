@@ -34,9 +34,18 @@ def test_every_start_is_a_new_incarnation_of_the_same_model(config: WorkerConfig
 
 def test_quantised_weights_have_blocks_of_their_own(config: WorkerConfig) -> None:
     exact = identify(replace(config, quantization="none"))
-    quantised = identify(replace(config, quantization="int8"))
+    quantised = identify(replace(config, quantization="int8", kv_cache_dtype="float32"))
     assert exact.compatibility.differences(quantised.compatibility) == ["quantization: none != w4w8a8-g32"]
     assert chain_root(exact.compatibility) != chain_root(quantised.compatibility)
+
+
+def test_kv_of_8_bits_has_blocks_of_its_own_and_four_times_as_many(config: WorkerConfig) -> None:
+    config = replace(config, quantization="int8")
+    wide, narrow = (identify(replace(config, kv_cache_dtype=dtype)) for dtype in ("float32", "int8"))
+    assert wide.compatibility.differences(narrow.compatibility) == ["kv_dtype: float32 != int8-spread"]
+    assert chain_root(wide.compatibility) != chain_root(narrow.compatibility)
+    assert 3.7 < narrow.geometry.blocks / wide.geometry.blocks < 4
+    assert identify(config).compatibility == narrow.compatibility
 
 
 def test_what_auto_becomes_is_what_a_worker_is_known_by(config: WorkerConfig) -> None:

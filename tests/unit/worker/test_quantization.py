@@ -10,7 +10,7 @@ from kernels.cpu.build import COMPILERS, processor_level
 from services.core.errors import ConfigError
 from services.launch.cli import main
 from services.worker.config import WorkerConfig
-from services.worker.quantization import choose_quantization
+from services.worker.quantization import choose_kv_dtype, choose_quantization
 
 has_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
 
@@ -66,3 +66,34 @@ def test_where_int8_is_not_for_it_is_no_loss_and_needs_no_compiler(settings: dic
 def test_8_bit_weights_have_nothing_that_torch_could_compile() -> None:
     with pytest.raises(ConfigError, match=r"--quantization int8.*Leave --compile out"):
         choose_quantization(WorkerConfig(quantization="int8", compile=True), nothing_is_built)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "settings", "dtype"),
+    [
+        ("int8", {}, "int8"),
+        ("int8", {"kv_cache_dtype": "float32"}, "float32"),
+        ("none", {}, "float32"),
+        ("none", {"dtype": "bfloat16"}, "bfloat16"),
+        ("none", {"kv_cache_dtype": "float32"}, "float32"),
+    ],
+)
+def test_kv_has_8_bits_beside_8_bit_weights_unless_told_otherwise(
+    quantization: str, settings: dict[str, Any], dtype: str
+) -> None:
+    assert choose_kv_dtype(WorkerConfig(**settings), quantization) == dtype
+
+
+@pytest.mark.parametrize(
+    ("quantization", "settings", "flag"),
+    [
+        ("none", {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs .*--quantization int8"),
+        ("none", {"kv_cache_dtype": "float32", "dtype": "float16"}, r"--dtype \(float16\)"),
+        ("int8", {"dtype": "bfloat16"}, "--dtype float32, not bfloat16"),
+    ],
+)
+def test_kv_of_a_type_that_cannot_be_is_refused(
+    quantization: str, settings: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        choose_kv_dtype(WorkerConfig(**settings), quantization)
