@@ -37,7 +37,7 @@ def main() -> int:
     _say(f"seed {plan.seed}; logs in {home}")
     cluster = RunningCluster(replace(TWO_AND_TWO, transports=given.transports), model, home)
     try:
-        report = asyncio.run(run_chaos(cluster, model, plan))
+        report = asyncio.run(run_chaos(cluster, plan))
     finally:
         cluster.stop()
     print(report)

@@ -8,7 +8,6 @@ import httpx
 from tests.chaos.client import follow
 from tests.chaos.reply import Choice, Reply
 from tests.chaos.report import Findings
-from tests.chaos.ties import TieJudge
 from tests.chaos.workload import Ask
 
 ASKED_AT_ONCE = 4
@@ -26,35 +25,29 @@ async def ask_all(http: httpx.AsyncClient, asks: Sequence[Ask]) -> list[Reply]:
     return list(await asyncio.gather(*map(ask_one, asks)))
 
 
-async def compare_all(
-    findings: Findings, undisturbed: dict[int, Reply], judge: TieJudge, http: httpx.AsyncClient
-) -> None:
+async def compare_all(findings: Findings, undisturbed: dict[int, Reply], http: httpx.AsyncClient) -> None:
     """The completed answers, by the number of their request; those to drawn seeds that were resumed are
     asked again."""
     completed = [reply for reply in findings.replies if reply.end == "completed"]
     for reply in completed:
         if reply.ask.kind != "unseeded":
-            await compare(findings, reply, undisturbed[reply.ask.number], judge)
+            compare(findings, reply, undisturbed[reply.ask.number])
     resumed = [reply for reply in completed if reply.ask.kind == "unseeded" and reply.resumed]
     checked = resumed[:UNSEEDED_CHECKED_MAX]
     again = await ask_all(http, [r.ask.with_seed(r.timings["seed"]) for r in checked])
     findings.unseeded_checked = len(checked)
     for reply, right in zip(checked, again, strict=True):
         if right.end == "completed":
-            await compare(findings, reply, right, judge)
+            compare(findings, reply, right)
         else:
             findings.different.append(f"request {reply.ask.number}, asked again: {right.problem}")
 
 
-async def compare(findings: Findings, reply: Reply, right: Reply, judge: TieJudge) -> None:
-    """One answer: `findings` counts the choices that part at a tie, and notes the answer if it differs."""
+def compare(findings: Findings, reply: Reply, right: Reply) -> None:
+    """One answer: `findings` notes it if it differs."""
     found = [text for text in (prompt_difference(reply, right),) if text]
     for index, (choice, other) in enumerate(zip(reply.choices, right.choices, strict=True)):
-        if not (text := difference(choice, other)):
-            continue
-        if await judge.parts_at_tie(right.ask, index, choice.token_ids, other.token_ids):
-            findings.ties += 1
-        else:
+        if text := difference(choice, other):
             found.append(f"choice {index}: {text}")
     if found:
         attempts = reply.timings.get("attempts")
@@ -66,6 +59,8 @@ def difference(choice: Choice, right: Choice) -> str:
         return f"its tokens are {choice.token_ids}, undisturbed {right.token_ids}"
     if (choice.text, choice.finish) != (right.text, right.finish):
         return f"its text is {choice.text!r} ({choice.finish}), undisturbed {right.text!r} ({right.finish})"
+    if choice.logprobs != right.logprobs:
+        return f"its logprobs are {choice.logprobs}, undisturbed {right.logprobs}"
     return ""
 
 

@@ -15,6 +15,7 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: str | None = None
+    logprobs: list[Any] = field(default_factory=list)  # of its tokens and the likeliest ones
     arrivals_s: list[float] = field(default_factory=list)  # of a stream's tokens
 
     @property
@@ -30,6 +31,7 @@ class Choice:
         message = told.get("delta") or told.get("message") or {"content": told.get("text")}
         self.text += message.get("content") or ""
         self.token_ids += told.get("token_ids") or []
+        self.logprobs += _logprobs(told.get("logprobs") or {})
         self.finish = told["finish_reason"] or self.finish
 
     def take_chunk(self, told: dict[str, Any]) -> None:
@@ -49,6 +51,13 @@ class Choice:
         if self.finish == "stop" and asked.get("ignore_eos"):
             return "it ended by itself although it was not to"
         return ""
+
+
+def _logprobs(told: dict[str, Any]) -> list[Any]:
+    """As a chat tells them, or a completion."""
+    if "content" in told:
+        return told["content"]
+    return list(zip(told.get("token_logprobs", []), told.get("top_logprobs", []), strict=True))
 
 
 @dataclass(slots=True)

@@ -22,7 +22,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     resumed: int  # completed after a second attempt or more
     attempts_max: int
     different: int  # answers that are not the undisturbed run's
-    ties: int  # choices that differ where the two best scores are the same but for rounding
     unseeded_checked: int  # resumed answers to a drawn seed, asked again with it
     usage_mistakes: int
     held: list[str]  # blocks, leases, sequences and requests that were left, in words
@@ -54,7 +53,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             ("completed with n > 1", self.several),
             ("failed", self.failed),
             ("resumed", f"{self.resumed}, at most {self.attempts_max} attempts"),
-            ("different from undisturbed", f"{self.different}, and {self.ties} ties"),
+            ("different from undisturbed", self.different),
             ("unseeded, asked again", self.unseeded_checked),
             ("usage mistakes", self.usage_mistakes),
             ("left over", "; ".join(self.held) or "nothing"),
@@ -79,7 +78,6 @@ class Findings:
         self._seconds, self._seed, self._transports = seconds, seed, transports
         self.replies: list[Reply] = []
         self.different: list[str] = []
-        self.ties = 0
         self.unseeded_checked = 0
         self.held: list[str] = []
         self.started_s = 0.0
@@ -106,7 +104,6 @@ class Findings:
             resumed=sum(r.end == "completed" and r.resumed for r in self.replies),
             attempts_max=max((r.timings.get("attempts", 1) for r in self.replies), default=0),
             different=len(self.different),
-            ties=self.ties,
             unseeded_checked=self.unseeded_checked,
             usage_mistakes=len(mistakes),
             held=self.held,

@@ -15,7 +15,7 @@ async def test_no_request_fails_and_no_answer_changes_while_parts_die(
 ) -> None:
     cluster = RunningCluster(TWO_AND_TWO, default_model, tmp_path / "home")
     try:
-        report = await run_chaos(cluster, default_model, FORTY_SECONDS)
+        report = await run_chaos(cluster, FORTY_SECONDS)
     finally:
         cluster.stop()
     print(report)

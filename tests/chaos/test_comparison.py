@@ -1,7 +1,6 @@
 """Every choice of an answer is compared with the undisturbed one, and is whole by itself."""
 
 import json
-from pathlib import Path
 
 import httpx
 import pytest
@@ -9,21 +8,9 @@ import pytest
 from tests.chaos.comparison import compare, compare_all
 from tests.chaos.reply import Choice, Reply
 from tests.chaos.report import Findings
-from tests.chaos.ties import TieJudge
 from tests.chaos.workload import Ask
 
 ASK = Ask(3, "greedy", "/v1/completions", {"max_tokens": 2, "n": 3})
-
-
-class Judge(TieJudge):
-    """Knows the choice that parts at a tie."""
-
-    def __init__(self, tie_at: int | None) -> None:
-        super().__init__(Path("unused"))
-        self._tie_at = tie_at
-
-    async def parts_at_tie(self, ask: Ask, choice: int, one: list[int], other: list[int]) -> bool:
-        return choice == self._tie_at
 
 
 def reply(prompt_tokens: int = 5, **last: object) -> Reply:
@@ -33,14 +20,14 @@ def reply(prompt_tokens: int = 5, **last: object) -> Reply:
     return Reply(ASK, 0.0, choices, usage={"prompt_tokens": prompt_tokens})
 
 
-async def found(one: Reply, tie_at: int | None = None) -> Findings:
+def differences(one: Reply) -> list[str]:
     findings = Findings(60, 1, "grpc")
-    await compare(findings, one, reply(), Judge(tie_at))
-    return findings
+    compare(findings, one, reply())
+    return findings.different
 
 
-async def test_equal_answers_are_not_different() -> None:
-    assert (await found(reply())).different == []
+def test_equal_answers_are_not_different() -> None:
+    assert differences(reply()) == []
 
 
 @pytest.mark.parametrize(
@@ -50,32 +37,35 @@ async def test_equal_answers_are_not_different() -> None:
         ({"token_ids": [5]}, "choice 2: its tokens are [5]"),
         ({"text": "ex"}, "choice 2: its text is 'ex'"),
         ({"finish": "stop"}, "choice 2: its text is 'ef' (stop)"),
+        ({"logprobs": [-0.5]}, "choice 2: its logprobs are [-0.5]"),
         ({"prompt_tokens": 15}, "its prompt_tokens are 15"),
     ],
 )
-async def test_an_answer_that_differs_in_one_choice_or_in_its_prompt_is_different(
-    changes: dict, said: str
-) -> None:
-    findings = await found(reply(**changes))
-    assert len(findings.different) == 1
-    assert said in findings.different[0]
+def test_an_answer_that_differs_in_one_choice_or_in_its_prompt_is_different(changes: dict, said: str) -> None:
+    (found,) = differences(reply(**changes))
+    assert said in found
 
 
-async def test_a_tie_of_one_choice_excuses_that_choice_alone() -> None:
-    at_tie = await found(reply(token_ids=[5, 7]), tie_at=2)
-    assert (at_tie.different, at_tie.ties) == ([], 1)
-    other = reply(token_ids=[5, 7])
-    other.choices[0].text = "ax"
-    differs = await found(other, tie_at=2)
-    assert differs.ties == 1
-    assert "choice 0" in differs.different[0]
-    assert "choice 2" not in differs.different[0]
+def test_logprobs_are_read_from_chats_and_completions_in_pieces() -> None:
+    chat, completion = Choice(), Choice()
+    for last in (None, "stop"):
+        content = [{"token": "a", "logprob": -0.5, "top_logprobs": []}]
+        chat.take({"delta": {"content": "a"}, "logprobs": {"content": content}, "finish_reason": last})
+        completion.take(
+            {
+                "text": "a",
+                "logprobs": {"token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5}]},
+                "finish_reason": last,
+            }
+        )
+    assert [token["logprob"] for token in chat.logprobs] == [-0.5, -0.5]
+    assert completion.logprobs == [(-0.5, {"a": -0.5})] * 2
 
 
-async def test_choices_in_another_order_are_different() -> None:
+def test_choices_in_another_order_are_different() -> None:
     swapped = reply()
     swapped.choices[:2] = reversed(swapped.choices[:2])
-    assert "choice 0" in (await found(swapped)).different[0]
+    assert "choice 0" in differences(swapped)[0]
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -101,7 +91,7 @@ async def test_a_resumed_answer_to_a_drawn_seed_is_compared_with_one_asked_for_w
     findings = Findings(60, 1, "grpc")
     findings.replies = [resumed, at_once]
     async with httpx.AsyncClient(transport=httpx.MockTransport(say), base_url="http://server") as http:
-        await compare_all(findings, {}, Judge(tie_at=None), http)
+        await compare_all(findings, {}, http)
     assert asked == [ask.body | {"seed": 77}]
     assert findings.unseeded_checked == 1
     assert len(findings.different) == (0 if same else 1)

@@ -20,6 +20,7 @@ ONE_TOKEN_SHARE = 0.08  # answered by the prefill worker alone
 KINDS = ("greedy", "seeded", "unseeded")  # taken in turn
 SEVERAL_EVERY = 4  # requests: one of them wants several choices. No multiple of the kinds: all have some
 CHOICES_MAX = 4
+CHAT_LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,9 @@ def _draw(number: int, kind: str, rng: random.Random) -> Ask:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     prompt = _prompt(rng)
     if rng.random() < 0.7:
-        return Ask(number, kind, "/v1/completions", body | {"prompt": prompt})
+        return Ask(number, kind, "/v1/completions", body | {"prompt": prompt, "logprobs": 2})
     messages = [{"role": "user", "content": prompt}]
-    return Ask(number, kind, "/v1/chat/completions", body | {"messages": messages})
+    return Ask(number, kind, "/v1/chat/completions", body | {"messages": messages} | CHAT_LOGPROBS)
 
 
 def _sampling(kind: str, rng: random.Random) -> dict[str, Any]:

@@ -1,6 +1,11 @@
-"""Clusters for the end-to-end tests: few, shared where that is possible, quiet after every test."""
+"""Clusters for the end-to-end tests: few, shared where that is possible, quiet after every test.
+
+They compute as a user's do, with 8-bit weights where those can be had; what is compared with transformers
+asks a cluster in float32. Tests of the same clusters run one after the other: each is started once.
+"""
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,21 @@ from tests.support.reference import Reference
 
 SPLIT = ClusterSpec(prefill=1, decode=1, split="always", blocks=1200)
 ALONE = ClusterSpec(prefill=0, decode=1, split="never", blocks=1200)
+EXACT_SPLIT, EXACT_ALONE = (replace(spec, quantization="none") for spec in (SPLIT, ALONE))
+TWO_AND_TWO = ClusterSpec(prefill=2, decode=2, split="always", blocks=400)
+# Of the fixtures below; tests with clusters of their own come last.
+ORDER = ({"split", "alone"}, {"exact_split", "exact_alone"}, {"two_and_two"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [at for at, item in enumerate(items) if Path(__file__).parent in item.path.parents]
+    for at, item in zip(ours, sorted((items[at] for at in ours), key=_place_in_order), strict=True):
+        items[at] = item
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    used = set(getattr(item, "fixturenames", ()))
+    return next((place for place, shared in enumerate(ORDER) if used & shared), len(ORDER))
 
 
 class Clusters:
@@ -27,9 +47,9 @@ class Clusters:
             self.running[spec] = RunningCluster(spec, self._model, home)
         return self.running[spec]
 
-    def get_only(self, spec: ClusterSpec) -> RunningCluster:
-        """For clusters that need the machine for themselves."""
-        for other in self.running.keys() - {spec}:
+    def get_only(self, spec: ClusterSpec, *beside: ClusterSpec) -> RunningCluster:
+        """For clusters that need the machine for themselves, and those that are used beside them."""
+        for other in self.running.keys() - {spec, *beside}:
             self.stop(other)
         return self.get(spec)
 
@@ -63,6 +83,24 @@ def split(clusters: Clusters) -> RunningCluster:
 def alone(clusters: Clusters) -> RunningCluster:
     """One decode worker that computes its prompts itself."""
     return clusters.get(ALONE)
+
+
+@pytest.fixture
+def exact_split(clusters: Clusters) -> RunningCluster:
+    """`split` in float32."""
+    return clusters.get_only(EXACT_SPLIT, EXACT_ALONE)
+
+
+@pytest.fixture
+def exact_alone(clusters: Clusters) -> RunningCluster:
+    """`alone` in float32."""
+    return clusters.get_only(EXACT_ALONE, EXACT_SPLIT)
+
+
+@pytest.fixture
+def two_and_two(clusters: Clusters) -> RunningCluster:
+    """One of each kind may die."""
+    return clusters.get_only(TWO_AND_TWO)
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,11 @@ from typing import Any
 
 import httpx
 import openai
-import pytest
 
-from tests.e2e.conftest import Clusters
-from tests.support.cluster import ClusterSpec, RunningCluster
-from tests.support.completions import MODEL, chunks, greedy
+from tests.support.cluster import RunningCluster
+from tests.support.completions import MODEL, chunks, greedy, logprobs_of
+from tests.support.kernels import scores
 
-TWO_AND_TWO = ClusterSpec(prefill=2, decode=2, split="always", blocks=400)
 PROMPT = [n * 7919 % 40_000 + 100 for n in range(150)]  # nine full blocks of 16 tokens and a partial one
 TOKENS = 40
 KILL_AFTER = 30  # tokens of all choices
@@ -22,18 +20,24 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
 
 
 def body(n: int, **more: object) -> dict[str, Any]:
-    return greedy(PROMPT, TOKENS) | SAMPLED | {"n": n} | more
+    return greedy(PROMPT, TOKENS) | SAMPLED | scores() | {"n": n} | more
 
 
 async def ask(http: httpx.AsyncClient, request: dict[str, Any]) -> dict[str, Any]:
     response = await http.post("/v1/completions", json=request)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
+    for choice in answer["choices"]:
+        choice["scores"] = logprobs_of(choice)
     return answer
 
 
 def token_ids(answer: dict[str, Any]) -> dict[int, list[int]]:
     return {choice["index"]: choice["token_ids"] for choice in answer["choices"]}
+
+
+def token_scores(answer: dict[str, Any]) -> dict[int, list]:
+    return {choice["index"]: choice["scores"] for choice in answer["choices"]}
 
 
 async def moved(cluster: RunningCluster) -> dict[str, float]:
@@ -62,6 +66,7 @@ async def test_each_choice_has_the_tokens_that_a_decode_worker_alone_gives_it(sp
     assert both["timings"]["prefill_worker"] == "prefill-0"
     assert one["timings"]["prefill_worker"] is None
     assert token_ids(both) == token_ids(one)
+    assert token_scores(both) == token_scores(one)
     assert token_ids(both)[0] == token_ids(single)[0]
     assert len(set(map(tuple, token_ids(both).values()))) == N
     assert (both["usage"]["prompt_tokens"], both["usage"]["completion_tokens"]) == (len(PROMPT), N * TOKENS)
@@ -128,45 +133,39 @@ async def test_a_stop_string_in_one_choice_leaves_the_others_as_they_were(split)
 async def streamed(
     http: httpx.AsyncClient, request: dict[str, Any], reached: asyncio.Event
 ) -> dict[str, Any]:
-    """A stream as a whole answer; `reached` is set in the middle of it."""
-    found: defaultdict[int, list[int]] = defaultdict(list)
+    """The last chunk of a stream, with all tokens; `reached` is set in the middle of it."""
+    found: defaultdict[int, dict[str, list]] = defaultdict(lambda: {"token_ids": [], "scores": []})
     last: dict[str, Any] = {}
     async with aclosing(chunks(http, request)) as stream:
         async for last in stream:
             for choice in last["choices"]:
-                found[choice["index"]] += choice["token_ids"]
-            if sum(map(len, found.values())) >= KILL_AFTER:
+                found[choice["index"]]["token_ids"] += choice["token_ids"]
+                found[choice["index"]]["scores"] += logprobs_of(choice)
+            if sum(len(choice["token_ids"]) for choice in found.values()) >= KILL_AFTER:
                 reached.set()
-    choices = [{"index": index, "token_ids": ids} for index, ids in sorted(found.items())]
-    return last | {"choices": choices}
+    return last | {"choices": [{"index": index, **choice} for index, choice in sorted(found.items())]}
 
 
-@pytest.fixture
-async def four_workers(clusters: Clusters):
-    cluster = clusters.get_only(TWO_AND_TWO)
-    yield cluster
-    await cluster.await_quiet(timeout_s=60)
-
-
-async def test_a_killed_decode_worker_changes_no_token_of_any_choice(four_workers: RunningCluster) -> None:
-    said = len(four_workers.said)
+async def test_a_killed_decode_worker_changes_no_token_of_any_choice(two_and_two: RunningCluster) -> None:
+    said = len(two_and_two.said)
     killed: list[str] = []
     reached = asyncio.Event()
 
     async def kill() -> None:
         await reached.wait()
-        seen = await four_workers.worker_metrics()
+        seen = await two_and_two.worker_metrics()
         decodes = {name: one for name, one in seen.items() if name.startswith("decode")}
         killed.append(max(decodes, key=lambda name: decodes[name].value("diptych_worker_sequences")))
-        four_workers.processes()[killed[0]].kill()
+        two_and_two.processes()[killed[0]].kill()
 
-    async with four_workers.http() as http:
-        undisturbed = await ask(http, body(N, max_tokens=80))
+    async with two_and_two.http() as http:
+        undisturbed = await ask(http, body(N, max_tokens=200))
         killing = asyncio.create_task(kill())
-        answer = await streamed(http, body(N, max_tokens=80), reached)
+        answer = await streamed(http, body(N, max_tokens=200), reached)
         await killing
     assert token_ids(answer) == token_ids(undisturbed)
+    assert token_scores(answer) == token_scores(undisturbed)
     assert answer["timings"]["attempts"] == 1 + N
     for field in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert answer["usage"][field] == undisturbed["usage"][field]
-    await four_workers.until_said(f"{killed[0]} is ready again", after=said)
+    await two_and_two.until_said(f"{killed[0]} is ready again", after=said)

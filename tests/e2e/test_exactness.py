@@ -60,16 +60,16 @@ def check(asked: Asked, reference: Reference, answers: dict[int, Answer]) -> Non
     assert all(len(answer.token_ids) == NEW_TOKENS for answer in answers.values())
 
 
-async def test_the_reference_refuses_an_answer_with_one_wrong_token(split, asked, reference) -> None:
-    answer = (await asked.answers(split, [33], concurrency=1))[33]
+async def test_the_reference_refuses_an_answer_with_one_wrong_token(exact_split, asked, reference) -> None:
+    answer = (await asked.answers(exact_split, [33], concurrency=1))[33]
     wrong = [*answer.token_ids[:40], answer.token_ids[40] + 1, *answer.token_ids[41:]]
     with pytest.raises(AssertionError, match="token 40 of the answer"):
         reference.check_greedy(asked.prompts[33], wrong)
 
 
 @pytest.mark.parametrize("lengths", [pytest.param(SAMPLE, id="sample"), ALL])
-async def test_disaggregated_answers_are_the_references(split, asked, reference, lengths) -> None:
-    answers = await asked.answers(split, lengths, concurrency=1)
+async def test_disaggregated_answers_are_the_references(exact_split, asked, reference, lengths) -> None:
+    answers = await asked.answers(exact_split, lengths, concurrency=1)
     for answer in answers.values():
         workers = (answer.timings["prefill_worker"], answer.timings["decode_worker"])
         assert workers == ("prefill-0", "decode-0")
@@ -78,16 +78,18 @@ async def test_disaggregated_answers_are_the_references(split, asked, reference,
 
 
 @pytest.mark.parametrize("lengths", [pytest.param(FEW, id="few"), ALL])
-async def test_answers_of_a_decode_worker_alone_are_the_references(alone, asked, reference, lengths) -> None:
-    answers = await asked.answers(alone, lengths, concurrency=1)
+async def test_answers_of_a_decode_worker_alone_are_the_references(
+    exact_alone, asked, reference, lengths
+) -> None:
+    answers = await asked.answers(exact_alone, lengths, concurrency=1)
     assert {answer.timings["prefill_worker"] for answer in answers.values()} == {None}
     check(asked, reference, answers)
 
 
 @pytest.mark.parametrize("lengths", [pytest.param(SAMPLE, id="sample"), ALL])
-async def test_an_answer_is_the_same_alone_and_in_a_crowd(split, asked, reference, lengths) -> None:
-    solo = await asked.answers(split, lengths, concurrency=1)
-    crowded = await asked.answers(split, lengths, concurrency=CROWD)
+async def test_an_answer_is_the_same_alone_and_in_a_crowd(exact_split, asked, reference, lengths) -> None:
+    solo = await asked.answers(exact_split, lengths, concurrency=1)
+    crowded = await asked.answers(exact_split, lengths, concurrency=CROWD)
     different = [n for n in lengths if solo[n].token_ids != crowded[n].token_ids]
     print(f"{len(different)} of {len(lengths)} answers differ in a crowd of {CROWD}: lengths {different}")
     # Another batch is another order of sums: answers may part at a tie, and only there.

@@ -6,29 +6,34 @@ brought everything back.
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import Clusters
-from tests.support.cluster import ClusterSpec, RunningCluster, runs
-from tests.support.completions import Answer, chunks, complete, greedy
+from tests.support.cluster import RunningCluster
+from tests.support.completions import Answer, chunks, complete, greedy, logprobs_of
+from tests.support.kernels import scores
 
-TWO_AND_TWO = ClusterSpec(prefill=2, decode=2, split="always", blocks=400)
-ONE_AND_ONE = ClusterSpec(prefill=1, decode=1, split="always", blocks=400)
 PROMPT = "The two panels of a diptych are joined by a hinge, and"
-LONG_PROMPT = [n * 7919 % 40_000 + 100 for n in range(1200)]  # its prefill takes seconds on one core
-TOKENS = 120
+LONG_PROMPT = [n * 7919 % 40_000 + 100 for n in range(3000)]  # its prefill takes seconds on one core
+TOKENS = 240  # for more than a second
 KILL_AFTER = 20  # tokens
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 PENALIZED = SAMPLED | {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
+UNSEEDED = {"temperature": 1.0}  # the gateway draws a seed
 
 
 @pytest.fixture
-def cluster(clusters: Clusters) -> RunningCluster:
-    return clusters.get_only(TWO_AND_TWO)
+def cluster(two_and_two: RunningCluster) -> RunningCluster:
+    return two_and_two
+
+
+def scored(prompt: Sequence[int] | str, tokens: int) -> dict:
+    """A greedy request that is told how likely its tokens and others were."""
+    return greedy(prompt, tokens) | scores()
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +47,24 @@ async def all_parts_come_back(clusters: Clusters) -> AsyncIterator[None]:
 async def streamed(http: httpx.AsyncClient, body: dict, at: int, then: Callable[[dict], None]) -> Answer:
     """The whole streamed answer; `then` is called once, with the chunk that brings token number `at`."""
     token_ids: list[int] = []
+    logprobs: list = []
     text, last = "", {}
     async with aclosing(chunks(http, body)) as stream:
         async for last in stream:
             before = len(token_ids)
             for choice in last["choices"]:
                 token_ids += choice["token_ids"]
+                logprobs += logprobs_of(choice)
                 text += choice["text"]
             if before < at <= len(token_ids):
                 then(last)
-    return Answer(tuple(token_ids), text, last["usage"], last["timings"])
+    return Answer(tuple(token_ids), text, last["usage"], last["timings"], tuple(logprobs))
 
 
 def check_undisturbed(answer: Answer, undisturbed: Answer) -> None:
-    """The same tokens, and usage as if nothing had happened."""
+    """The same tokens, the same logprobs to the last bit, and usage as if nothing had happened."""
     assert answer.token_ids == undisturbed.token_ids
+    assert answer.logprobs == undisturbed.logprobs
     assert answer.text == undisturbed.text
     for field in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert answer.usage[field] == undisturbed.usage[field]
@@ -76,13 +84,16 @@ async def busy_worker(cluster: RunningCluster, role: str) -> str:
     return busy[0]
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED, PENALIZED], ids=["greedy", "sampled", "penalized"])
-@pytest.mark.parametrize("part", ["", " engine"], ids=["worker", "engine"])
+@pytest.mark.parametrize(
+    ("part", "sampling"),
+    [("", PENALIZED), (" engine", UNSEEDED)],
+    ids=["worker, penalized", "engine, unseeded"],
+)
 async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
     cluster: RunningCluster, part: str, sampling: dict
 ) -> None:
     """Kills the worker's process, or the engine process below it."""
-    said, body = len(cluster.said), greedy(PROMPT, TOKENS) | sampling
+    said, body = len(cluster.said), scored(PROMPT, TOKENS) | sampling
     killed: list[str] = []
     reached = asyncio.Event()
 
@@ -92,10 +103,12 @@ async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
         cluster.processes()[killed[0] + part].kill()
 
     async with cluster.http() as http:
-        undisturbed = await complete(http, body)
         killing = asyncio.create_task(kill())
         answer = await streamed(http, body, KILL_AFTER, lambda _: reached.set())
         await killing
+        undisturbed = await complete(
+            http, body | {"seed": answer.timings["seed"], "cache_salt": "undisturbed"}
+        )
     check_undisturbed(answer, undisturbed)
     assert answer.timings["attempts"] == 2
     assert answer.timings["decode_worker"] != killed[0]
@@ -106,7 +119,7 @@ async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_killed(
 async def test_a_request_goes_elsewhere_when_a_worker_is_killed_during_its_prefill(
     cluster: RunningCluster, role: str
 ) -> None:
-    said, body = len(cluster.said), greedy(LONG_PROMPT, 8) | {"cache_salt": f"killed {role}"}
+    said, body = len(cluster.said), scored(LONG_PROMPT, 8) | {"cache_salt": f"killed {role}"}
     async with cluster.http() as http:
         answering = asyncio.create_task(complete(http, body))
         killed = await busy_worker(cluster, role)
@@ -123,7 +136,7 @@ async def test_a_request_goes_elsewhere_when_a_worker_is_killed_during_its_prefi
 async def test_a_request_goes_elsewhere_when_its_prefill_worker_stands_still(
     cluster: RunningCluster, part: str
 ) -> None:
-    body = greedy(LONG_PROMPT, 8) | {"cache_salt": f"stopped {part}"}
+    body = scored(LONG_PROMPT, 8) | {"cache_salt": f"stopped {part}"}
     async with cluster.http() as http:
         undisturbed = await complete(http, body | {"cache_salt": "undisturbed"})
         answering = asyncio.create_task(complete(http, body))
@@ -136,20 +149,6 @@ async def test_a_request_goes_elsewhere_when_its_prefill_worker_stands_still(
             process.send_signal(signal.SIGCONT)
     check_undisturbed(answer, undisturbed)
     assert answer.timings["prefill_worker"] != stopped
-
-
-async def test_a_drawn_seed_is_kept_when_the_decode_worker_is_killed(cluster: RunningCluster) -> None:
-    said, body = len(cluster.said), greedy(PROMPT, TOKENS) | {"temperature": 1.0}
-    reached = asyncio.Event()
-    async with cluster.http() as http:
-        streaming = asyncio.create_task(streamed(http, body, KILL_AFTER, lambda _: reached.set()))
-        await reached.wait()
-        killed = await busy_worker(cluster, "decode")
-        cluster.processes()[killed].kill()
-        answer = await streaming
-        assert answer.timings["attempts"] == 2
-        check_undisturbed(answer, await complete(http, body | {"seed": answer.timings["seed"]}))
-    await cluster.until_said(f"{killed} is ready again", after=said)
 
 
 async def test_streams_and_new_requests_go_on_while_valkey_is_dead(cluster) -> None:
@@ -176,37 +175,29 @@ async def test_streams_and_new_requests_go_on_while_valkey_is_dead(cluster) -> N
     assert cluster.processes()["valkey"].pid != valkey.pid
 
 
-async def test_without_a_prefill_worker_the_decode_worker_computes_prompts_too(clusters: Clusters) -> None:
-    cluster = clusters.get_only(ONE_AND_ONE)
-    said = len(cluster.said)
-    async with cluster.http() as http:
-        undisturbed = await complete(http, greedy(PROMPT, 16))
+async def test_without_a_prefill_worker_the_decode_worker_computes_prompts_too(split: RunningCluster) -> None:
+    said = len(split.said)
+    async with split.http() as http:
+        undisturbed = await complete(http, scored(PROMPT, 16))
         assert undisturbed.timings["prefill_worker"] == "prefill-0"
-        cluster.processes()["prefill-0"].kill()
-        answer = await complete(http, greedy(PROMPT, 16))
+        split.processes()["prefill-0"].kill()
+        answer = await complete(http, scored(PROMPT, 16))
         check_undisturbed(answer, undisturbed)
         assert answer.timings["prefill_worker"] is None
-        await cluster.until_said("prefill-0 exited with code -9; restarting", after=said)
-        await cluster.until_said("prefill-0 is ready again", after=said)
-        await cluster.await_quiet()
-        again = await complete(http, greedy(PROMPT, 16))
+        await split.until_said("prefill-0 exited with code -9; restarting", after=said)
+        await split.until_said("prefill-0 is ready again", after=said)
+        await split.await_quiet()
+        again = await complete(http, scored(PROMPT, 16))
     check_undisturbed(again, undisturbed)
     assert again.timings["prefill_worker"] == "prefill-0"
 
 
 def test_the_parts_are_commands_that_a_person_can_read_in_the_process_table(cluster) -> None:
     parts = cluster.processes()
+    workers = {f"{role}-{number}" for role in ("prefill", "decode") for number in (0, 1)}
+    engines = {f"{worker} engine" for worker in workers}
+    assert parts.keys() == {"valkey", "gateway", "gateway templates"} | workers | engines
     commands = {name: " ".join(process.cmdline()) for name, process in parts.items()}
     assert "diptych worker --role prefill --worker-id prefill-0" in commands["prefill-0"]
     assert "diptych worker --role decode --worker-id decode-1" in commands["decode-1"]
     assert f"diptych gateway --host 127.0.0.1 --port {cluster.url.rpartition(':')[2]}" in commands["gateway"]
-
-
-def test_sigterm_ends_up_with_code_0_and_no_process_is_left(clusters: Clusters) -> None:
-    cluster = clusters.get_only(ONE_AND_ONE)
-    parts = cluster.processes()
-    workers = {"prefill-0", "prefill-0 engine", "decode-0", "decode-0 engine"}
-    assert parts.keys() == {"valkey", "gateway", "gateway templates"} | workers
-    clusters.stop(ONE_AND_ONE)  # checks the exit code
-    assert [name for name, process in parts.items() if runs(process)] == []
-    assert not (cluster.home / "run/cluster.json").exists()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
@@ -15,15 +16,14 @@ import pytest
 
 from services.core.parent_death import dying_with_parent
 from services.launch.cluster import claim_port
-from tests.e2e.conftest import Clusters
+from tests.e2e.conftest import SPLIT, Clusters
 from tests.e2e.test_failures import streamed
-from tests.support.cluster import REQUEST_TIMEOUT_S, ROOT, ClusterSpec, RunningCluster, until
+from tests.support.cluster import REQUEST_TIMEOUT_S, ROOT, RunningCluster, until
 from tests.support.completions import complete, greedy
 
-SPEC = ClusterSpec(prefill=1, decode=1, split="always", blocks=400)
 PROMPT = [n * 31 % 40_000 + 200 for n in range(300)]
 BLOCK_TOKENS = 16
-TOKENS = 60
+TOKENS = 120
 QUIET_S = 5.0  # the workers must not wait for leases or timeouts before they let go
 
 
@@ -56,25 +56,30 @@ class Gateway:
             return False
 
 
-@pytest.fixture(params=["embedded", "redis cluster"])
-def cluster(
-    request: pytest.FixtureRequest, clusters: Clusters, redis_url: Callable[[str], str]
-) -> RunningCluster:
-    redis = "" if request.param == "embedded" else redis_url(request.param)
-    return clusters.get_only(replace(SPEC, redis=redis))
-
-
-@pytest.fixture
-def other(cluster: RunningCluster) -> Iterator[Gateway]:
+@contextmanager
+def another_gateway(cluster: RunningCluster) -> Iterator[Gateway]:
     other = Gateway(cluster)
-    yield other
-    other.process.kill()
-    other.process.wait()
+    try:
+        yield other
+    finally:
+        other.process.kill()
+        other.process.wait()
 
 
-async def test_a_retry_at_another_gateway_finds_the_prefix_cache(
-    cluster: RunningCluster, other: Gateway
+async def test_a_retry_at_another_gateway_finds_the_prefix_cache(split: RunningCluster) -> None:
+    with another_gateway(split) as other:
+        await check_retry(split, other)
+
+
+async def test_it_finds_the_prefix_cache_in_a_redis_cluster_too(
+    clusters: Clusters, redis_url: Callable[[str], str]
 ) -> None:
+    cluster = clusters.get_only(replace(SPLIT, redis=redis_url("redis cluster")))
+    with another_gateway(cluster) as other:
+        await check_retry(cluster, other)
+
+
+async def check_retry(cluster: RunningCluster, other: Gateway) -> None:
     await until(lambda: other.is_ready, 60, lambda: "the second gateway did not get ready")
     body = greedy(PROMPT, TOKENS)
     async with other.http() as http:

@@ -20,7 +20,7 @@ from tests.support.cluster import ClusterSpec, RunningCluster
 from tests.support.completions import Answer, chunks, complete, greedy
 
 # Streams take longer than this grace: what drains must hand them over.
-CHANGING = ClusterSpec(prefill=1, decode=2, split="always", blocks=400, drain_grace_s=2.0)
+CHANGING = ClusterSpec(prefill=1, decode=2, split="always", blocks=400, drain_grace_s=1.0)
 PAUSE_S_MAX = 4.0
 
 
@@ -149,7 +149,7 @@ async def under_load(cluster: RunningCluster, tokens: int) -> AsyncIterator[None
 
 async def test_a_restart_of_every_worker_under_load_fails_no_request(cluster: RunningCluster) -> None:
     handed_over = 0
-    async with under_load(cluster, tokens=300):
+    async with under_load(cluster, tokens=400):
         for worker in ("decode-0", "decode-1", "prefill-0"):
             said = len(cluster.said)
             draining = cluster.processes()[worker]

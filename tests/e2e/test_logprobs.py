@@ -34,18 +34,15 @@ def likelihood(choice: dict[str, Any]) -> tuple[float, bool]:
     return sum(logprobs), logprobs == best
 
 
-@pytest.mark.parametrize("kind", ["split", "alone"])
-async def test_prompts_are_as_likely_as_transformers_says(
-    kind: str,
-    request: pytest.FixtureRequest,
-    prompts: list[list[int]],
-    reference: Reference,
+async def test_prompts_are_as_likely_as_transformers_says_on_both_routes(
+    exact_split: RunningCluster, exact_alone: RunningCluster, prompts: list[list[int]], reference: Reference
 ) -> None:
     """Asked and read as lm-eval does; twice, so that the second time the prompts are cached."""
-    cluster: RunningCluster = request.getfixturevalue(kind)
-    async with cluster.http() as http:
-        asked = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
-        answers = [await ask(http, **asked) for _ in range(2)]
+    asked = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+    answers = []
+    for cluster in (exact_split, exact_alone):
+        async with cluster.http() as http:
+            answers += [await ask(http, **asked) for _ in range(2)]
     read = [[likelihood(choice) for choice in answer["choices"]] for answer in answers]
     for prompt, *scores in zip(prompts, *read, strict=True):
         rows = reference.logprobs(prompt)
@@ -56,12 +53,12 @@ async def test_prompts_are_as_likely_as_transformers_says(
 
 
 async def test_an_answer_is_as_likely_as_transformers_says_on_both_routes(
-    split: RunningCluster, alone: RunningCluster, prompts: list[list[int]], reference: Reference
+    exact_split: RunningCluster, exact_alone: RunningCluster, prompts: list[list[int]], reference: Reference
 ) -> None:
     """The first token comes from the prefill worker, the others from the decode worker."""
     prompt = prompts[-1]
     body = {"prompt": prompt, "max_tokens": 9, "logprobs": 5, "ignore_eos": True, "return_token_ids": True}
-    async with split.http() as http, alone.http() as lonely:
+    async with exact_split.http() as http, exact_alone.http() as lonely:
         both, one = await ask(http, **body), await ask(lonely, **body)
     (choice,), (other,) = both["choices"], one["choices"]
     assert choice["token_ids"] == other["token_ids"]
@@ -80,10 +77,10 @@ async def test_an_answer_is_as_likely_as_transformers_says_on_both_routes(
 
 
 async def test_a_prompt_of_several_chunks_is_scored_once_for_each_token(
-    split: RunningCluster, reference: Reference
+    exact_split: RunningCluster, reference: Reference
 ) -> None:
     prompt = [n * 7919 % 40_000 + 100 for n in range(700)]
-    async with split.http() as http:
+    async with exact_split.http() as http:
         answer = await ask(http, prompt=prompt, max_tokens=0, echo=True, prompt_logprobs=20)
     scores = answer["choices"][0]["prompt_logprobs"]
     assert len(scores) == len(prompt)

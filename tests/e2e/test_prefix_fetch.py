@@ -8,15 +8,13 @@ import pytest
 from services.core.block_hash import chain_hashes, chain_root
 from services.index.redis_index import RedisPrefixIndex
 from services.model.files import open_model
-from tests.e2e.conftest import Clusters
 from tests.e2e.test_live_changes import change_role
-from tests.support.cluster import ClusterSpec, RunningCluster
+from tests.support.cluster import RunningCluster
 from tests.support.completions import Answer, complete, greedy
+from tests.support.kernels import scores
 from tests.support.prompts import build_prompts
-from tests.support.reference import Reference
 from tests.support.scrape import Scrape
 
-TWO_PREFILLS = ClusterSpec(prefill=2, decode=1, split="always", blocks=1200)
 NEW_TOKENS = 24
 PREFIX, TAIL = 1024, 129  # lengths; the prefix is 64 whole blocks
 
@@ -27,10 +25,10 @@ def prompts(default_model) -> dict[int, list[int]]:
 
 
 async def test_a_long_shared_prompt_is_fetched_from_a_worker_that_computes_prompts_no_more(
-    clusters: Clusters, prompts, default_model
+    two_and_two: RunningCluster, prompts
 ) -> None:
     """The worker that has the prefix is made a decode worker: the other one must serve the next prompt."""
-    cluster = clusters.get_only(TWO_PREFILLS)
+    cluster = two_and_two
     prompt = prompts[PREFIX] + prompts[TAIL]
     async with cluster.http() as http:
         warm = (await complete(http, greedy(prompts[PREFIX], 1))).timings["prefill_worker"]
@@ -39,11 +37,14 @@ async def test_a_long_shared_prompt_is_fetched_from_a_worker_that_computes_promp
         before = (await cluster.worker_metrics())[cold]
         await change_role(cluster, warm, "decode")
         await until_gateway_knows(http, warm, "decode")  # else it tries the worker first, and avoids it then
-        answer = await complete(http, greedy(prompt, NEW_TOKENS))
+        answer = await complete(http, greedy(prompt, NEW_TOKENS) | scores())
         await change_role(cluster, warm, "prefill")
+        after = (await cluster.worker_metrics())[cold]
+        computed = await complete(http, greedy(prompt, NEW_TOKENS) | scores() | {"cache_salt": "computed"})
     assert answer.timings["prefill_worker"] == cold
-    check_counts(answer, before, (await cluster.worker_metrics())[cold])
-    Reference(default_model).check_greedy(prompt, answer.token_ids)
+    check_counts(answer, before, after)
+    assert computed.timings["fetched_tokens"] == computed.timings["cached_tokens_prefill"] == 0
+    assert (answer.token_ids, answer.logprobs) == (computed.token_ids, computed.logprobs)
 
 
 def check_counts(answer: Answer, before: Scrape, after: Scrape) -> None:

@@ -182,6 +182,7 @@ def test_ctrl_c_stops_everything_and_exits_0(up: Up, home: Path, monkeypatch: py
 
 
 def test_nothing_survives_the_kill_of_up(tmp_path: Path, default_model: Path) -> None:
+    share_kernels(tmp_path)
     up = Up(tmp_path, default_model)
     family = psutil.Process(up.process.pid).children(recursive=True)
     assert len(family) >= 4

@@ -48,7 +48,7 @@ class ClusterSpec:
     drain_grace_s: float = 10.0  # of all workers
     redis: str = ""  # URL; without one `up` starts a Valkey
     locked: bool = False  # mutual TLS between its parts, and https
-    quantization: str = "none"  # of the weights
+    quantization: str = "auto"  # of the weights
 
 
 class RunningCluster:
@@ -171,6 +171,7 @@ class RunningCluster:
             raise
         left = [process for process in family if runs(process)]
         assert not left, f"left behind: {left}"
+        assert not (self.home / "run/cluster.json").exists(), "it still says that it runs"
         return code
 
     @property

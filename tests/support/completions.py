@@ -16,6 +16,13 @@ class Answer:
     text: str
     usage: dict[str, Any]
     timings: dict[str, Any]
+    logprobs: tuple[Any, ...] = ()  # if asked for: of each token, its own and those of the likeliest
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[Any]:
+    """What a completion's choice, or a chunk's, says of its tokens; empty if that was not asked for."""
+    told = choice["logprobs"]
+    return list(zip(told["token_logprobs"], told["top_logprobs"], strict=True)) if told else []
 
 
 def greedy(prompt: Sequence[int] | str, max_tokens: int) -> dict[str, Any]:
@@ -36,7 +43,13 @@ async def complete(http: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     assert response.status_code == 200, response.text
     answer = response.json()
     choice = answer["choices"][0]
-    return Answer(tuple(choice["token_ids"]), choice["text"], answer["usage"], answer["timings"])
+    return Answer(
+        tuple(choice["token_ids"]),
+        choice["text"],
+        answer["usage"],
+        answer["timings"],
+        tuple(logprobs_of(choice)),
+    )
 
 
 async def chunks(

@@ -73,7 +73,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_log_likelihoods_are_those_of_transformers(
-    split: RunningCluster,
+    exact_split: RunningCluster,
     reference: Reference,
     tokenizer_folder: Path,
     tasks: Path,
@@ -87,7 +87,7 @@ def test_log_likelihoods_are_those_of_transformers(
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     client = LocalCompletionsAPI(
         model=MODEL,
-        base_url=f"{split.url}/v1/completions",
+        base_url=f"{exact_split.url}/v1/completions",
         tokenizer_backend="huggingface",
         tokenizer=str(tokenizer_folder),
         max_length=WINDOW_TOKENS,
