@@ -1,5 +1,6 @@
 """What is common to contestants: a server that can be prepared, and started with one of its settings."""
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ def bench_home() -> Path:
     return diptych_home() / "bench"
 
 
-def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
+def shown(command: Sequence[str], setting: Setting) -> str:
     """As a person would type it, who is at home."""
-    words = [*(f"{name}={value}" for name, value in environment.items()), *command]
-    return " ".join(words).replace(str(Path.home()), "~")
+    environment = [f"{name}={value}" for name, value in setting.environment.items()]
+    body = ["; requests with", json.dumps(dict(setting.body))] if setting.body else []
+    return " ".join([*environment, *command, *body]).replace(str(Path.home()), "~")

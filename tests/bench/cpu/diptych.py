@@ -22,6 +22,7 @@ DIPTYCH = (sys.executable, "-m", "services.launch.cli")
 MODEL_NAME = "SmolLM2-135M-Instruct"
 BLOCK_TOKENS = 16
 START_TIMEOUT_S = 120.0
+AS_IT_COMES = Setting("as it comes")
 
 Layout = Literal["1+1", "both"]
 Weights = Literal["Q4_1", "Q8_0", "float32"]  # float32: of the same file, computed in float32 by torch
@@ -32,7 +33,7 @@ PRECISIONS: dict[Weights, Precision] = {"Q4_1": "4 bits", "Q8_0": "8 bits", "flo
 class Diptych:
     layout: Layout
     weights: Weights
-    settings: Sequence[Setting] = (Setting("as it comes"),)
+    settings: Sequence[Setting] = (AS_IT_COMES,)
     family: Family = "Diptych"
     starts_slowly: bool = False
 
@@ -109,4 +110,4 @@ def _environment() -> dict[str, str]:
 
 
 def _typed(command: Sequence[str]) -> str:
-    return shown(["diptych", *command[len(DIPTYCH) :]], {})
+    return shown(["diptych", *command[len(DIPTYCH) :]], AS_IT_COMES)

@@ -33,6 +33,8 @@ BUILD_OPTIONS = (
     *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"),
 )
 START_TIMEOUT_S = 120.0
+# The greedy token without what else its chain of samplers does with the whole vocabulary.
+GREEDY = {"samplers": ["top_k"], "top_k": 1}
 SPARE_TOKENS = 16  # of a slot, beyond what a request needs
 
 Weights = Literal["Q4_1", "Q8_0", "F32"]
@@ -43,13 +45,14 @@ def _settings() -> list[Setting]:
     cores = str(len(os.sched_getaffinity(0)))
     threads = ("-t", cores, "-tb", cores)
     flash = ("-fa", "on")
-    return [
-        Setting("flash attention", (*threads, *flash)),
-        Setting("no flash attention", (*threads, "-fa", "off")),
-        Setting("small batches", (*threads, *flash, "-b", "256", "-ub", "256")),
-        Setting("large batches", (*threads, *flash, "-b", "4096", "-ub", "2048")),
-        Setting("one thread decodes", ("-t", "1", "-tb", cores, *flash)),
-    ]
+    tried = {
+        "flash attention": (*threads, *flash),
+        "no flash attention": (*threads, "-fa", "off"),
+        "small batches": (*threads, *flash, "-b", "256", "-ub", "256"),
+        "large batches": (*threads, *flash, "-b", "4096", "-ub", "2048"),
+        "one thread decodes": ("-t", "1", "-tb", cores, *flash),
+    }
+    return [Setting(name, flags, body=GREEDY) for name, flags in tried.items()]
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,7 @@ class LlamaCpp:
                 server, lambda: fetch(f"http://127.0.0.1:{port}/health") is not None, START_TIMEOUT_S, log
             )
             target = Target(port, "default", dict(setting.body))
-            yield Served(
-                target, [server.pid], shown([Path(command[0]).name, *command[1:]], setting.environment)
-            )
+            yield Served(target, [server.pid], shown([Path(command[0]).name, *command[1:]], setting))
 
 
 def program(name: str) -> Path:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes.util import find_library
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.store.embedded import free_port
@@ -93,7 +93,9 @@ class Vllm:
                 server, lambda: fetch(f"http://127.0.0.1:{port}/health") is not None, START_TIMEOUT_S, log
             )
             target = Target(port, "model", dict(setting.body))
-            yield Served(target, [server.pid], shown(["python", *command[1:]], chosen))
+            yield Served(
+                target, [server.pid], shown(["python", *command[1:]], replace(setting, environment=chosen))
+            )
 
 
 def install() -> None:
