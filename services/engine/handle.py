@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -51,7 +50,7 @@ from services.engine.messages import (
     Submit,
     Token,
 )
-from services.engine.pipe import LENGTH_BYTES, frame
+from services.engine.pipe import Unframer, frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,8 @@ class EngineHandle:
         self._clock = clock
         self._listeners: dict[str, Listener] = {}
         self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Report)
+        self._ready: asyncio.Future[bytes]  # the first message
         self.gauges = Gauges()
         self.gauges_at = clock.now()  # when the engine said so
         self._silent_s = 0.0  # since the last report
@@ -104,10 +105,13 @@ class EngineHandle:
         )
         theirs.close()
         os.close(pool_fd)
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        self._writer.write(frame(msgspec.msgpack.encode(setup)))
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        self._pipe, _ = await loop.create_unix_connection(
+            lambda: _Reports(self._heard, self._lost), sock=ours
+        )
+        self._pipe.write(frame(msgspec.msgpack.encode(setup)))
         await self._wait_ready()
-        self._receiver = asyncio.create_task(self._receive(), name="engine-receive")
 
     @property
     def sequences(self) -> int:
@@ -132,7 +136,7 @@ class EngineHandle:
         self.send(submit)
 
     def send(self, command: Command) -> None:
-        self._writer.write(frame(self._encoder.encode(command)))
+        self._pipe.write(frame(self._encoder.encode(command)))
 
     def drop(self, seq_id: str) -> None:
         """End a sequence, in whatever state; its listener hears nothing more. Harmless if it has ended."""
@@ -177,8 +181,7 @@ class EngineHandle:
 
     async def stop(self) -> None:
         """End the process: at once if idle, else after the running step."""
-        self._receiver.cancel()
-        self._writer.close()
+        self._pipe.close()
         try:
             async with asyncio.timeout(_STOP_GRACE_S):
                 await self._process.wait()
@@ -195,26 +198,25 @@ class EngineHandle:
 
     async def _wait_ready(self) -> None:
         try:
-            ready = msgspec.msgpack.decode(await self._read_message(), type=EngineReady)
-        except (asyncio.IncompleteReadError, ConnectionError):
+            ready = msgspec.msgpack.decode(await self._ready, type=EngineReady)
+        except EOFError:
             raise EngineFailed(
                 f"the engine process ended with code {await self._process.wait()} while it loaded the model"
             ) from None
         if ready.error:
             raise ModelFileError(ready.error)
 
-    async def _read_message(self) -> bytes:
-        length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
-        return await self._reader.readexactly(length)
+    def _heard(self, message: bytes) -> None:
+        if self._ready.done():
+            self._dispatch(self._decoder.decode(message))
+        else:
+            self._ready.set_result(message)
 
-    async def _receive(self) -> None:
-        decoder = msgspec.msgpack.Decoder(Report)
-        try:
-            with suppress(asyncio.IncompleteReadError, ConnectionError):
-                while True:
-                    self._dispatch(decoder.decode(await self._read_message()))
-        finally:
+    def _lost(self) -> None:
+        if self._ready.done():
             self._fail_all()
+        else:
+            self._ready.set_exception(EOFError())
 
     def _fail_all(self) -> None:
         self.failed.set()
@@ -233,6 +235,22 @@ class EngineHandle:
                     self._close(event.seq_id)
                 listener(event)
         self._on_report(report)
+
+
+class _Reports(asyncio.Protocol):
+    """What comes through the pipe: each message is handed on at once, without a task in between."""
+
+    def __init__(self, take: Callable[[bytes], None], lost: Callable[[], None]) -> None:
+        self._take, self._lost = take, lost
+        self._unframer = Unframer()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._unframer.feed(data):
+            self._take(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Also after an exception in `data_received`, which the event loop logs."""
+        self._lost()
 
 
 def _stalled() -> EngineStalled:

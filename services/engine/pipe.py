@@ -17,11 +17,35 @@ def frame(body: bytes) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
+class Unframer:
+    """Messages out of the bytes of a stream, which come in any pieces."""
+
+    def __init__(self) -> None:
+        self._incoming = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that `data` completes."""
+        self._incoming += data
+        messages: list[bytes] = []
+        start = 0
+        while len(self._incoming) - start >= LENGTH_BYTES:
+            body = start + LENGTH_BYTES
+            end = body + int.from_bytes(self._incoming[start:body], "little")
+            if len(self._incoming) < end:
+                break
+            messages.append(bytes(self._incoming[body:end]))
+            start = end
+        del self._incoming[:start]
+        return messages
+
+
 class EnginePipe:
+    """The engine's end."""
+
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._socket.setblocking(False)
-        self._incoming = bytearray()
+        self._unframer = Unframer()
         self._outgoing = bytearray()
 
     def send(self, body: bytes) -> None:
@@ -48,44 +72,30 @@ class EnginePipe:
         closed."""
         self._send_some()
         while True:
-            if not self._read(wait=wait, wait_s=wait_s):
-                return None
-            messages = self._take_messages()
-            if messages or not wait or wait_s is not None:
+            messages = self._read(wait=wait, wait_s=wait_s)
+            if messages is None or messages or not wait or wait_s is not None:
                 return messages
 
-    def _read(self, *, wait: bool, wait_s: float | None) -> bool:
-        """Read what is there. False: closed."""
+    def _read(self, *, wait: bool, wait_s: float | None) -> list[bytes] | None:
+        """The messages that what is there completes. None: closed."""
         if wait:
             writable = [self._socket] if self._outgoing else []
             readable, writable, _ = select.select([self._socket], writable, [], wait_s)
             if writable:
                 self._send_some()
             if not readable:
-                return True
+                return []
+        messages: list[bytes] = []
         while True:
             try:
                 data = self._socket.recv(_READ_BYTES)
             except BlockingIOError:
-                return True
+                return messages
             except ConnectionError:
-                return False
+                return None
             if not data:
-                return False
-            self._incoming += data
-
-    def _take_messages(self) -> list[bytes]:
-        messages: list[bytes] = []
-        start = 0
-        while len(self._incoming) - start >= LENGTH_BYTES:
-            body = start + LENGTH_BYTES
-            end = body + int.from_bytes(self._incoming[start:body], "little")
-            if len(self._incoming) < end:
-                break
-            messages.append(bytes(self._incoming[body:end]))
-            start = end
-        del self._incoming[:start]
-        return messages
+                return None
+            messages += self._unframer.feed(data)
 
     def _send_some(self) -> None:
         while self._outgoing:

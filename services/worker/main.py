@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from services.core.child_tasks import ChildTasks
@@ -48,7 +49,7 @@ def run(config: WorkerConfig, lock: ClusterLock) -> None:
     network = lock_network(lock)
     keep_freed_memory()
     identity = identify(config)
-    asyncio.run(_serve(config, identity, network))
+    uvloop.run(_serve(config, identity, network))
 
 
 async def _serve(config: WorkerConfig, identity: WorkerIdentity, network: Network) -> None:
@@ -232,7 +233,7 @@ class Worker:
     def _on_report(self, report: Report) -> None:
         self._metrics.on_report(report)
         self._publisher.record(report.stored, report.evicted)
-        self._announcer.changed()
+        self._announcer.load_changed()
 
     def _report(self) -> WorkerReport:
         identity, gauges = self._identity, self._engine.gauges

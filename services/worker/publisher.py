@@ -19,7 +19,7 @@ from services.engine.incarnation import Incarnation
 from services.index.protocol import PrefixIndex
 from services.worker.indexed_chains import IndexedChains
 
-_BATCH_S = 0.02  # changes are collected for so long: at most 50 round trips a second
+_BATCH_S = 0.05  # changes are collected for so long: at most 20 round trips a second
 BATCH_BLOCKS_MAX = 1_000  # Redis is busy with so many for half a millisecond
 _RENEW_S = 5.0
 _RETRY_S = 0.5

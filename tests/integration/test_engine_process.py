@@ -169,7 +169,7 @@ async def test_a_working_or_idle_engine_is_not_taken_for_overdue(subject: Subjec
 
 async def test_it_ends_with_the_process_that_started_it(subject: Subject) -> None:
     process = subject.process
-    subject.handle._writer.close()
+    subject.handle._pipe.close()
     await asyncio.wait_for(subject.handle._process.wait(), 10)
     assert not process.is_running()
 

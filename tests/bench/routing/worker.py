@@ -41,7 +41,7 @@ from tests.bench.routing.timeline import Timeline, immediate
 MODEL = "measured"
 CONSTANT_TOKEN = 7
 _GAUGES = tuple(set(WorkerReport.__struct_fields__) & set(Gauges.__struct_fields__))  # that are reported
-INDEX_BATCH_S = 0.02  # as services/worker/publisher.py
+INDEX_BATCH_S = 0.05  # as services/worker/publisher.py
 
 Event = Admitted | Advanced | Token | Revoked | Refused
 Listener = Callable[[Event], None]

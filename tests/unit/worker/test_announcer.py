@@ -1,6 +1,7 @@
 """A worker is announced at once and again and again, outlives an absent membership, and leaves."""
 
 import asyncio
+import time
 
 from services.core.clock import SystemClock
 from services.core.worker_report import WorkerReport
@@ -68,4 +69,17 @@ async def test_a_membership_that_was_away_hears_of_the_worker_again() -> None:
     subject.membership.lose_everything()
     subject.membership.available = True
     await subject.seen(0)
+    await subject.stop()
+
+
+async def test_load_that_changes_with_every_step_is_announced_ten_times_a_second() -> None:
+    subject = Subject()
+    await subject.seen(0)
+    (first,) = await subject.membership.workers()
+    begun_s = time.monotonic()
+    for _ in range(60):
+        subject.announcer.load_changed()
+        await asyncio.sleep(0.005)
+    (last,) = await subject.membership.workers()
+    assert 2 <= last.beat - first.beat <= (time.monotonic() - begun_s) / 0.1 + 1
     await subject.stop()
