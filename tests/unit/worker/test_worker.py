@@ -237,7 +237,7 @@ async def test_a_cancelled_prefill_gives_no_block_up_while_its_fetch_may_still_w
 async def test_the_index_is_told_of_as_many_blocks_as_configured(subject: Subject) -> None:
     await subject.submit("long")
     async with asyncio.timeout(10):
-        while subject.tokens < 8 * INDEX_BLOCKS_MAX:  # twice as many blocks of 4 tokens
+        while subject.tokens < 8 * INDEX_BLOCKS_MAX or not subject.index.blocks:  # twice as many, of 4 tokens
             await asyncio.sleep(0.01)
     assert subject.index.blocks == INDEX_BLOCKS_MAX
 
