@@ -15,7 +15,7 @@ from tests.support.completions import Answer, complete, greedy
 from tests.support.prompts import build_prompts, prompt_lengths
 from tests.support.reference import Reference
 
-NEW_TOKENS = 64
+NEW_TOKENS = 48
 FEW = (1, 16, 33, 129, 404)
 SAMPLE = (1, 15, 16, 17, 32, 33, 127, 128, 129, 404, 827, 1500)
 ALL = pytest.param(tuple(prompt_lengths()), marks=pytest.mark.full, id="all")
@@ -58,6 +58,15 @@ def check(asked: Asked, reference: Reference, answers: dict[int, Answer]) -> Non
     print(f"{len(answers)} prompts, {sum(ties.values())} ties, in the prompts of length {tied}")
     assert len(tied) <= math.ceil(len(answers) / PROMPTS_PER_TIE)
     assert all(len(answer.token_ids) == NEW_TOKENS for answer in answers.values())
+
+
+async def test_without_a_compiler_a_cluster_computes_in_float32_and_says_so_once(exact_split) -> None:
+    warnings = [line for line in exact_split.said.splitlines() if line.startswith("warning")]
+    (warning,) = warnings
+    assert "2 to 6 times as long" in warning
+    assert "no-such-compiler" in warning
+    assert {report.compatibility.quantization for report in await exact_split.reports()} == {"none"}
+    assert {report.compatibility.kv_dtype for report in await exact_split.reports()} == {"float32"}
 
 
 async def test_the_reference_refuses_an_answer_with_one_wrong_token(exact_split, asked, reference) -> None:

@@ -49,6 +49,7 @@ class ClusterSpec:
     redis: str = ""  # URL; without one `up` starts a Valkey
     locked: bool = False  # mutual TLS between its parts, and https
     quantization: str = "auto"  # of the weights
+    compiler: bool = True  # False: there is none, and no kernels were built before
 
 
 class RunningCluster:
@@ -71,7 +72,10 @@ class RunningCluster:
             "DIPTYCH_WORKER__DRAIN_GRACE_S": str(spec.drain_grace_s),
         }
         home.mkdir(parents=True)
-        share_kernels(home)
+        if spec.compiler:
+            share_kernels(home)
+        else:
+            environment["CXX"] = "no-such-compiler"
         self.authority = create_authority(home / "ca") if spec.locked else None
         if self.authority:
             environment |= _certificates(self.authority.issue("node", ["127.0.0.1"], days=30))
@@ -234,7 +238,8 @@ def _process_name(process: psutil.Process) -> str:
     if "services.engine.process" in command:
         parent = process.parent()
         return f"{_process_name(parent)} engine" if parent else "engine"
-    if "services.gateway.text.template_process" in command:
-        return "gateway templates"
+    for what in ("template", "grammar"):
+        if f"services.gateway.text.{what}_process" in command:
+            return f"gateway {what}s"
     known = {"gateway": "gateway" in command, "valkey": any("valkey-server" in part for part in command)}
     return next((name for name, matches in known.items() if matches), " ".join(command))
