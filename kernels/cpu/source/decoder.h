@@ -91,6 +91,9 @@ class Decoder {
         for (int index = 0; index < batch.sequences; index++)
             for (int query = 0; query < batch.sequence[index].queries; query++)
                 sequence_of_[batch.sequence[index].first + query] = index;
+        placed_ahead_ = std::any_of(items_.begin(), items_.end(), [&](const AttentionItem& item) {
+            return item.queries != batch.sequence[item.sequence].queries;
+        });
         compute(batch);
         team_.rest();
     }
@@ -130,46 +133,68 @@ class Decoder {
         multiply_all(team_, layer.qkv, rows_of(m_.hidden), batch.tokens, [&](int token, int block, const float* y) {
             memcpy(qkv(token) + block * COLUMNS, y, sizeof(float) * COLUMNS);
         });
-        team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token); });
+        // Where an item has all queries of its sequence it places them itself: nobody else attends to them.
+        if (placed_ahead_)
+            team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token, 0, m_.kv_heads); });
         const Attention attention{m_.pool, index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
-        team_.share(int(items_.size()), [&](int item, int thread) {
-            scratch_[thread]->attend(attention, batch.sequence, items_[item]);
+        team_.share(int(items_.size()), [&](int at, int thread) {
+            const AttentionItem& item = items_[at];
+            const int first = batch.sequence[item.sequence].first + item.from;
+            for (int token = first; !placed_ahead_ && token < first + item.queries; token++)
+                place(batch, index, layer, token, item.kv_head, item.kv_heads_end);
+            scratch_[thread]->attend(attention, batch.sequence, item);
+            for (int token = first; whole_groups() && token < first + item.queries; token++)
+                quantize_groups(attended(token), rows_of(attended_inputs()), token, groups_before(item.kv_head),
+                                groups_before(item.kv_heads_end));
         });
     }
 
-    // What is between the projection and the attention: bias, norm, rotation, and k and v into the pool.
-    void place(const Batch& batch, int index, const Layer& layer, int token) {
-        const int dim = m_.head_dim, rotated = m_.heads + m_.kv_heads;
-        float* x = qkv(token);
-        if (layer.qkv_bias)
-            for (int at = 0; at < layer.qkv.outputs; at++) x[at] += layer.qkv_bias[at];
-        for (int head = 0; head < rotated; head++) {
-            float* one = x + head * dim;
-            if (layer.qk_norm) rms_norm(one, layer.qk_norm + head * dim, dim, m_.rms_norm_eps, one);
-            rotate(one, &cosines_[size_t(token) * (dim / 2)], &sines_[size_t(token) * (dim / 2)], dim);
-        }
+    // What is between the projection and the attention, for kv heads [begin, end) and those that share them:
+    // bias, norm, rotation, and k and v into the pool.
+    void place(const Batch& batch, int index, const Layer& layer, int token, int begin, int end) {
+        const int shared = m_.heads / m_.kv_heads, keys = m_.heads, values = m_.heads + m_.kv_heads;
+        for (int head = begin * shared; head < end * shared; head++) rotate_head(layer, token, head);
+        for (int head = keys + begin; head < keys + end; head++) rotate_head(layer, token, head);
+        for (int head = values + begin; head < values + end; head++) add_bias(layer, token, head);
         const Sequence& sequence = batch.sequence[sequence_of_[token]];
         const int position = sequence.start + token - sequence.first;
         const int block = sequence.table[position / m_.pool.block_size], offset = position % m_.pool.block_size;
         for (int part : {KEYS, VALUES})
-            for (int head = 0; head < m_.kv_heads; head++) {
-                float* from = x + size_t(m_.heads + part * m_.kv_heads + head) * dim;
+            for (int head = begin; head < end; head++) {
+                float* from = qkv_head(token, m_.heads + part * m_.kv_heads + head);
                 write_head(m_.pool, m_.pool.row(block, index, part, head), part, offset, from);
             }
     }
 
-    void add_attention(int tokens, const Layer& layer) {
-        quantize(tokens, attended_.data(), attended_width(), layer.attention_output.inputs);
-        add(tokens, layer.attention_output);
+    void rotate_head(const Layer& layer, int token, int head) {
+        const int dim = m_.head_dim;
+        float* x = qkv_head(token, head);
+        add_bias(layer, token, head);
+        if (layer.qk_norm) rms_norm(x, layer.qk_norm + head * dim, dim, m_.rms_norm_eps, x);
+        rotate(x, &cosines_[size_t(token) * (dim / 2)], &sines_[size_t(token) * (dim / 2)], dim);
     }
 
+    void add_bias(const Layer& layer, int token, int head) {
+        if (!layer.qkv_bias) return;
+        float* x = qkv_head(token, head);
+        for (int d = 0; d < m_.head_dim; d++) x[d] += layer.qkv_bias[head * m_.head_dim + d];
+    }
+
+    void add_attention(int tokens, const Layer& layer) {
+        if (!whole_groups())
+            team_.share(tokens, [&](int token) { quantize_row(attended(token), rows_of(attended_inputs()), token); });
+        add(tokens, layer.attention_output, rows_of(attended_inputs()));
+    }
+
+    // Two blocks of gate and up are a group of what `down` multiplies with.
     void feed_forward(int tokens, const Layer& layer) {
         normalize(tokens, layer.mlp_norm);
-        multiply_all(team_, layer.gate_up, rows_of(m_.hidden), tokens, [&](int token, int block, const float* y) {
-            swiglu(y, y + 16, wide_.data() + token * wide_width() + block * 16);
-        });
-        quantize(tokens, wide_.data(), wide_width(), m_.intermediate);
-        add(tokens, layer.down);
+        const Rows rows{groups_of(m_.intermediate), wide_q_.data(), wide_groups_.data()};
+        multiply_all(
+            team_, layer.gate_up, rows_of(m_.hidden), tokens,
+            [&](int token, int block, const float* y) { swiglu(y, y + 16, wide(token) + block * 16); },
+            2, [&](int token, int group) { quantize_groups(wide(token), rows, token, group, group + 1); });
+        add(tokens, layer.down, rows);
     }
 
     void unembed(const int32_t* tokens, int32_t count, float* logits) {
@@ -192,12 +217,8 @@ class Decoder {
         });
     }
 
-    void quantize(int tokens, const float* x, size_t stride, int inputs) {
-        team_.share(tokens, [&](int token) { quantize_row(x + token * stride, rows_of(inputs), token); });
-    }
-
-    void add(int tokens, const Packed& weight) {
-        multiply_all(team_, weight, rows_of(weight.inputs), tokens, [&](int token, int block, const float* y) {
+    void add(int tokens, const Packed& weight, const Rows& rows) {
+        multiply_all(team_, weight, rows, tokens, [&](int token, int block, const float* y) {
             float* sum = hidden(token) + block * COLUMNS;
             for (int at = 0; at < COLUMNS; at++) sum[at] += y[at];
         });
@@ -211,6 +232,14 @@ class Decoder {
     size_t wide_width() const { return rounded_up(m_.intermediate, COLUMNS); }
     float* hidden(int token) { return hidden_.data() + token * hidden_width(); }
     float* qkv(int token) { return qkv_.data() + token * qkv_width(); }
+    float* qkv_head(int token, int head) { return qkv(token) + size_t(head) * m_.head_dim; }
+    float* attended(int token) { return attended_.data() + token * attended_width(); }
+    float* wide(int token) { return wide_.data() + token * wide_width(); }
+
+    int attended_inputs() const { return m_.heads * m_.head_dim; }
+    // Of attention's result, before those of a kv head; whether that is a whole number for all of them.
+    int groups_before(int kv_head) const { return kv_head * (attended_inputs() / m_.kv_heads) / GROUP; }
+    bool whole_groups() const { return attended_inputs() / m_.kv_heads % GROUP == 0; }
 
     Rows rows_of(int inputs) { return {groups_of(inputs), q_.data(), q_groups_.data()}; }
 
@@ -218,7 +247,7 @@ class Decoder {
         const size_t rows = std::max(tokens, sampled);
         if (rows <= capacity_) return;
         capacity_ = rows;
-        const size_t inputs = std::max({hidden_width(), attended_width(), wide_width()});
+        const size_t inputs = std::max(hidden_width(), attended_width());
         hidden_.resize(rows * hidden_width());
         normal_.resize(rows * hidden_width());
         qkv_.resize(rows * qkv_width());
@@ -228,6 +257,8 @@ class Decoder {
         sines_.resize(rows * (m_.head_dim / 2));
         q_.resize(rows * inputs);
         q_groups_.resize(rows * (inputs / GROUP));
+        wide_q_.resize(rows * wide_width());
+        wide_groups_.resize(rows * (wide_width() / GROUP));
         sequence_of_.resize(rows);
     }
 
@@ -238,7 +269,8 @@ class Decoder {
     std::vector<AttentionItem> items_;
     size_t capacity_ = 0;
     std::vector<float> hidden_, normal_, qkv_, attended_, wide_, cosines_, sines_;
-    std::vector<int8_t> q_;
-    std::vector<RowGroup> q_groups_;
+    std::vector<int8_t> q_, wide_q_;
+    std::vector<RowGroup> q_groups_, wide_groups_;
+    bool placed_ahead_ = false;  // the batch's keys and values, in a phase of their own
     std::vector<int32_t> sequence_of_;
 };

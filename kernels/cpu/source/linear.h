@@ -61,11 +61,12 @@ struct Rows {
     RowGroup* group;  // [rows][groups]
 };
 
-// One row of float[inputs]; `x` may be read up to the end of its last group.
-static void quantize_row(const float* x, const Rows& rows, int row) {
-    int8_t* q = rows.q + size_t(row) * rows.groups * GROUP;
+// Groups [begin, end) of a row, from those of `x`.
+static void quantize_groups(const float* x, const Rows& rows, int row, int begin, int end) {
+    int8_t* q = rows.q + (size_t(row) * rows.groups + begin) * GROUP;
     RowGroup* of = rows.group + size_t(row) * rows.groups;
-    for (int group = 0; group < rows.groups; group++, x += GROUP, q += GROUP) {
+    x += begin * GROUP;
+    for (int group = begin; group < end; group++, x += GROUP, q += GROUP) {
         Floats largest{};
         for (int k = 0; k < GROUP; k += WIDTH) largest = larger(absolute(load(x + k)), largest);
         const float top = max_of(largest), scale = top / 127.0f;
@@ -80,6 +81,9 @@ static void quantize_row(const float* x, const Rows& rows, int row) {
         of[group] = {scale, float(sum) * scale, -128 * sum};
     }
 }
+
+// One row of float[inputs]; `x` may be read up to the end of its last group.
+static void quantize_row(const float* x, const Rows& rows, int row) { quantize_groups(x, rows, row, 0, rows.groups); }
 
 static inline Ints quads(const uint8_t* at) { return *reinterpret_cast<const Ints*>(at); }
 
@@ -232,29 +236,37 @@ static void multiply_up_to(int rows, const Unit* unit, const Rows& x, int row, f
     if constexpr (R > 1) multiply_up_to<R - 1>(rows, unit, x, row, y);
 }
 
-template <typename Unit, typename Use>
-static void multiply_units(Team& team, const Packed& weight, const Rows& x, int rows, Use use) {
-    const int blocks = blocks_of(weight.outputs);
+template <typename Unit, typename Use, typename Done>
+static void multiply_units(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
+    const int blocks = blocks_of(weight.outputs), spans = (blocks + span - 1) / span;
     // A panel of rows stays in the second-level cache while the blocks of weights pass by.
     const int panel = std::max(ROWS_AT_ONCE, (384 << 10) / (x.groups * GROUP) / ROWS_AT_ONCE * ROWS_AT_ONCE);
     const int panels = (rows + panel - 1) / panel;
-    team.share(blocks * panels, [&](int item) {
-        const int block = item % blocks, first = item / blocks * panel;
+    team.share(spans * panels, [&](int item) {
+        const int first_block = item % spans * span, first = item / spans * panel;
         const int end = std::min(rows, first + panel);
         alignas(64) float y[ROWS_AT_ONCE][COLUMNS];
-        for (int row = first; row < end; row += ROWS_AT_ONCE) {
-            const int count = std::min(ROWS_AT_ONCE, end - row);
-            multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, y);
-            for (int r = 0; r < count; r++) use(row + r, block, y[r]);
-        }
+        for (int block = first_block; block < std::min(blocks, first_block + span); block++)
+            for (int row = first; row < end; row += ROWS_AT_ONCE) {
+                const int count = std::min(ROWS_AT_ONCE, end - row);
+                multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, y);
+                for (int r = 0; r < count; r++) use(row + r, block, y[r]);
+            }
+        for (int row = first; row < end; row++) done(row, item % spans);
     });
 }
 
 // Rows times weights; use(row, block, values[COLUMNS]) takes each row's results of a block of outputs.
+// Then, in the same thread, done(row, n) is called for the n-th `span` blocks.
+template <typename Use, typename Done>
+static void multiply_all(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
+    if (weight.bits == 4) multiply_units<FourBit>(team, weight, x, rows, use, span, done);
+    else multiply_units<EightBit>(team, weight, x, rows, use, span, done);
+}
+
 template <typename Use>
 static void multiply_all(Team& team, const Packed& weight, const Rows& x, int rows, Use use) {
-    if (weight.bits == 4) multiply_units<FourBit>(team, weight, x, rows, use);
-    else multiply_units<EightBit>(team, weight, x, rows, use);
+    multiply_all(team, weight, x, rows, use, 1, [](int, int) {});
 }
 
 static inline float half_at(const uint16_t (&numbers)[COLUMNS], int column) {
