@@ -48,6 +48,8 @@ static inline int rounded_up(int n, int unit) { return (n + unit - 1) / unit * u
 static inline int groups_of(int inputs) { return rounded_up(inputs, GROUP) / GROUP; }
 static inline int blocks_of(int outputs) { return rounded_up(outputs, COLUMNS) / COLUMNS; }
 
+constexpr int ROWS_AT_ONCE = WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1;  // whose sums fit in registers
+
 struct RowGroup {
     float scale;
     float sum;      // of the group's q, times the scale
@@ -101,7 +103,7 @@ static inline Ints high_halves(Ints bytes) { return (bytes >> 4) & 0x0f0f0f0f; }
 #if defined(__AVX2__) && !DOT_BYTES
 
 // Products of bytes are summed in pairs to 16 bits, without an overflow if one factor has 4 bits: a group's
-// 16 products of each half are below 16 * 15 * 128 < 2^15.
+// 16 products of each half are below 16 * 15 * 128 < 2^15. (The loops stay loops: unrolled, they have GCC keep sums in memory.)
 constexpr int SUMS_OF_4_BITS = 8, SUMS_OF_8_BITS = 4;  // that fit in registers
 typedef int16_t Shorts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -117,6 +119,7 @@ static inline Ints widened(Shorts sum, int16_t factor) {
 template <int R, int C>
 static inline void add_dots(const FourBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
     Shorts sum[R][C]{};
+#pragma GCC unroll 1
     for (int k = 0; k < GROUP; k += 8) {
         Ints low[C], high[C];
         for (int c = 0; c < C; c++) {
@@ -135,6 +138,7 @@ static inline void add_dots(const FourBit& unit, int column, const int8_t* q, si
 template <int R, int C>
 static inline void add_dots(const EightBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
     Shorts low[R][C]{}, high[R][C]{};
+#pragma GCC unroll 1
     for (int k = 0; k < GROUP; k += 4) {
         Ints w[C];
         for (int c = 0; c < C; c++) w[c] = quads(unit.weights[k / 4][column + c * WIDTH]);
@@ -208,15 +212,39 @@ static inline void add_group(const FourBit& unit, int column, const RowGroup* x,
 template <typename Unit>
 constexpr int sums_of() { return std::is_same_v<Unit, FourBit> ? SUMS_OF_4_BITS : SUMS_OF_8_BITS; }
 
+// Weights that are asked for while others are multiplied with: the processor reads ahead too little by itself
+// where several rows pass over each block.
+struct Ahead {
+    const char *at, *end;
+    int lines;  // of the cache, for each group
+
+    void fetch() {
+        for (int line = 0; line < lines && at < end; line++, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+// The block after this one, while so many times a few rows pass over this one. A single row of 8 bits goes at
+// the memory's speed by itself, if the processor multiplies bytes; asking for more only slows it.
+template <typename Unit>
+static Ahead after(const Packed& weight, int block, int groups, int rows) {
+    constexpr int LINES = sizeof(Unit) / 64;
+    const int passes = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const bool worth = rows > 1 || std::is_same_v<Unit, FourBit> || !DOT_BYTES;
+    const bool last = block + 1 == blocks_of(weight.outputs);
+    const char* next = reinterpret_cast<const char*>(weight.block<Unit>(block + 1, groups));
+    return {next, worth && !last ? next + groups * sizeof(Unit) : next, (LINES + passes - 1) / passes};
+}
+
 // y[R][COLUMNS]: R rows times one block of weights.
 template <int R, typename Unit>
-static void multiply(const Unit* unit, const Rows& x, int row, float (*y)[COLUMNS]) {
+static void multiply(const Unit* unit, const Rows& x, int row, Ahead& ahead, float (*y)[COLUMNS]) {
     constexpr int AT_ONCE = std::bit_floor(unsigned(std::clamp(sums_of<Unit>() / R, 1, COLUMNS / WIDTH)));
     const size_t groups = x.groups, width = groups * GROUP;
     for (int column = 0; column < COLUMNS; column += AT_ONCE * WIDTH) {
         Floats sum[R][AT_ONCE]{};
         for (size_t group = 0; group < groups; group++) {
             const RowGroup* of = x.group + row * groups + group;
+            ahead.fetch();
             Ints dot[R][AT_ONCE];
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < AT_ONCE; c++) dot[r][c] = Ints{} + begin_of(*unit, of[r * groups]);
@@ -228,12 +256,10 @@ static void multiply(const Unit* unit, const Rows& x, int row, float (*y)[COLUMN
     }
 }
 
-constexpr int ROWS_AT_ONCE = WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1;
-
 template <int R, typename Unit>
-static void multiply_up_to(int rows, const Unit* unit, const Rows& x, int row, float (*y)[COLUMNS]) {
-    if (rows >= R) return multiply<R>(unit, x, row, y);
-    if constexpr (R > 1) multiply_up_to<R - 1>(rows, unit, x, row, y);
+static void multiply_up_to(int rows, const Unit* unit, const Rows& x, int row, Ahead& ahead, float (*y)[COLUMNS]) {
+    if (rows >= R) return multiply<R>(unit, x, row, ahead, y);
+    if constexpr (R > 1) multiply_up_to<R - 1>(rows, unit, x, row, ahead, y);
 }
 
 template <typename Unit, typename Use, typename Done>
@@ -246,12 +272,14 @@ static void multiply_units(Team& team, const Packed& weight, const Rows& x, int 
         const int first_block = item % spans * span, first = item / spans * panel;
         const int end = std::min(rows, first + panel);
         alignas(64) float y[ROWS_AT_ONCE][COLUMNS];
-        for (int block = first_block; block < std::min(blocks, first_block + span); block++)
+        for (int block = first_block; block < std::min(blocks, first_block + span); block++) {
+            Ahead ahead = after<Unit>(weight, block, x.groups, end - first);
             for (int row = first; row < end; row += ROWS_AT_ONCE) {
                 const int count = std::min(ROWS_AT_ONCE, end - row);
-                multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, y);
+                multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, ahead, y);
                 for (int r = 0; r < count; r++) use(row + r, block, y[r]);
             }
+        }
         for (int row = first; row < end; row++) done(row, item % spans);
     });
 }

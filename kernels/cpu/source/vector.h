@@ -119,20 +119,33 @@ static inline float sum_of(const Floats* parts) {
     return lanes[0];
 }
 
+// Of floats that are numbers.
 static inline float max_of(Floats x) {
-    float lanes[WIDTH];
-    store(lanes, x);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] = std::max(lanes[lane], lanes[lane + half]);
-    return lanes[0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+    float top = x[0];
+    for (int lane = 1; lane < WIDTH; lane++) top = std::max(top, x[lane]);
+    return top;
+#endif
 }
 
 static inline int32_t sum_of(Ints x) {
-    int32_t lanes[WIDTH];
-    *reinterpret_cast<Ints*>(lanes) = x;
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_srli_epi64(two, 32)));
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < WIDTH; lane++) sum += x[lane];
+    return sum;
+#endif
 }
 
 // Eight rows of eight floats become columns: to[j * to_stride + i] = from[i * from_stride + j].

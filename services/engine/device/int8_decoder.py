@@ -66,7 +66,7 @@ def load_int8_decoder(
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--core-slots: {error}; leave it out, `diptych up` makes it") from None
-    weights = load_weights(files, torch.float32, pool.device, _PACKING)
+    weights = load_weights(files, torch.float32, pool.device, PACKING)
     config = files.config
     model = Int8Model(
         heads=config.heads,
@@ -97,4 +97,4 @@ def _pack_gate_up(matrix: FusedTensor) -> PackedWeight:
     return pack_gate_up(matrix.groups())
 
 
-_PACKING = Packing(_pack, _pack_gate_up, _pack, _pack_tied)
+PACKING = Packing(_pack, _pack_gate_up, _pack, _pack_tied)

@@ -1,13 +1,20 @@
 """Weights of GGUF files as the kernels take them: the file's own numbers, row by row."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
 from services.engine.device.gguf_groups import read_groups
+from services.engine.device.int8_decoder import PACKING
+from services.engine.device.weights import load_weights
+from services.model.files import open_model
+from tests.unit.engine.device.tiny_gguf import quantized_model
 
 ROWS, COLUMNS = 40, 512
 
@@ -42,6 +49,14 @@ def test_scales_and_minimums_of_q4_k_are_rounded_to_float16() -> None:
     error = np.abs(groups.dequantized().numpy().reshape(exact.shape) - exact)
     largest = 15 * groups.scales.abs().float() + groups.minimums.abs().float()
     assert (error <= largest.unsqueeze(-1).numpy() * 2.0**-11 + 1e-7).all()
+
+
+def test_a_fused_tensor_keeps_its_bits_if_all_parts_have_as_many(tmp_path: Path) -> None:
+    weights = load_weights(open_model(quantized_model(tmp_path)), torch.float32, torch.device("cpu"), PACKING)
+    layer = weights.layers[1]
+    bits = [each.bits for each in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)]
+    assert bits == [8, 8, 4, 8]  # q and k have 4, v has 8
+    assert (weights.embedding.bits, weights.unembedding.bits) == (4, 8)
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.BF16, Type.Q5_1, Type.Q6_K])

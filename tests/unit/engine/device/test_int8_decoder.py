@@ -25,6 +25,7 @@ from services.model.pool_geometry import PoolGeometry
 from services.transfer.destination import Destination
 from services.transfer.pool_memory import PoolMemory
 from tests.kernels.test_int8_linear import quantized
+from tests.unit.engine.device.tiny_gguf import quantized_model
 from tests.unit.engine.device.tiny_models import CONFIGS, GREEDY, SIZES, Driver, open_runner, random_model
 
 BLOCKS, BLOCK_SIZE = 64, 8
@@ -95,6 +96,18 @@ def test_logits_are_those_that_torch_computes_with_the_same_rounding(
         start += size
 
 
+def test_a_quantised_file_computes_with_its_own_numbers(tmp_path: Path) -> None:
+    """Rows of q and k are permuted, gate and up fused, mixtures become 8 bits."""
+    path = quantized_model(tmp_path)
+    reference, driver = rounded_reference(path, BLOCK_SIZE), Driver(open_int8(path, kv="float32"))
+    row = driver.row(torch.randint(0, 199, (40,)).tolist(), 0)
+    with torch.inference_mode():
+        logits, expected = driver.runner.logits([row]), reference.compute([row])[1]
+        exact = open_runner(path).logits([row])
+    assert relative_error(logits, expected) < 0.04
+    assert relative_error(expected, exact) < 0.2
+
+
 def test_the_default_model_is_near_float32_and_agrees_on_the_next_token(default_model: Path) -> None:
     tokens = (
         open_model(default_model).tokenizer().encode("The capital of France is", add_special_tokens=False)
@@ -116,7 +129,14 @@ class Sequences:
             self.alone.append(Driver(open_int8(path, kv=kv)).logits(tokens, [1] * len(tokens)))
 
 
-KINDS = [("llama", "float32"), ("llama", "int8"), ("mistral", "int8"), ("qwen2", "int8"), ("qwen3", "int8")]
+KINDS = [
+    ("llama", "float32"),
+    ("llama", "int8"),
+    ("gguf", "int8"),
+    ("mistral", "int8"),
+    ("qwen2", "int8"),
+    ("qwen3", "int8"),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
@@ -124,6 +144,8 @@ def sequences(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     name, kv = request.param
     path = tmp_path_factory.mktemp(name)
     torch.manual_seed(0)
+    if name == "gguf":
+        return Sequences(quantized_model(path), kv)
     random_model(name).save_pretrained(path)
     return Sequences(path, kv)
 

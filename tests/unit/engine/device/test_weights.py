@@ -10,44 +10,13 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from services.core.errors import ModelFileError
-from services.engine.device.gguf_weights import GgufSource, gguf_name
+from services.engine.device.gguf_weights import GgufSource
 from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.model.files import open_model
+from tests.unit.engine.device.tiny_gguf import write_gguf
 from tests.unit.engine.device.tiny_models import Driver, open_runner, random_model
 
 CPU = torch.device("cpu")
-
-
-def interleaved_rows(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """As the converter to GGUF orders q and k of the llama architecture."""
-    heads = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
-    return heads.swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(folder: Path, path: Path, architecture: str, theta: float = 10000.0) -> Path:
-    """The safetensors model in `folder` as a GGUF file of float32."""
-    config = open_model(folder).config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.context_tokens_max)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(theta)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.numpy()
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            array = interleaved_rows(array, config.head_dim)
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def random_model(name: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    return randomized(CONFIGS[name]())
+
+
+def randomized(config: Any) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start as zeros and ones
             parameter.add_(torch.randn_like(parameter) * 0.2)
