@@ -116,10 +116,11 @@ bench-gateway: setup
 bench-door: setup
 	@$(PY) -m tests.bench.door
 
-# The C++ kernels with 8-bit weights beside torch in float32: rates, steps and quality
-# (PART=linear|attention|sampling|steps|quality, THREADS=1).
+# The C++ kernels with weights of 4 and 8 bits beside torch in float32: rates, steps and quality
+# (PART=linear|attention|sampling|steps|quality, THREADS=1, LEVEL=avx512_vnni|avx_vnni|avx2|plain for the rates).
 bench-kernels: setup
-	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART))
+	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART)) \
+	  $(if $(LEVEL),--level $(LEVEL))
 
 # Whole servers side by side: Diptych, llama.cpp, vLLM, transformers; peers are installed and built on first use
 # (QUICK=1, ONLY=diptych,llama.cpp,vllm,transformers, SHAPE=256x64, CONCURRENCY=1,8, ARGS="--resume|--render").
