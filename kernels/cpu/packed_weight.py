@@ -1,4 +1,4 @@
-"""Weights in groups of 32 inputs, as model files have them (Groups) and as `source/linear.h` reads them.
+"""Weights in groups of 32 inputs, as model files have them (Groups) and as `source/packed.h` has them.
 
 A group has integers of 4 or 8 bits and a scale, with 4 bits a minimum too: w = scale * q (+ minimum).
 What a file has in this form keeps its numbers; other weights become 8 bits.

@@ -8,8 +8,7 @@
 // rounding every product and sum by itself. A row's result therefore depends on that row alone, and is the
 // same to the last bit on every processor.
 //
-// Weights are stored unsigned, for the processors' products of unsigned with signed bytes. For 8 bits that
-// is q + 128; what it adds to the dot product, 128 * sum of x, is where that begins (`RowGroup::begin`).
+// What q + 128, as weights of 8 bits are stored, adds to a dot product is where that begins (`RowGroup::begin`).
 #pragma once
 
 #include <algorithm>
@@ -17,36 +16,10 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "dots.h"
+#include "packed.h"
 #include "team.h"
 #include "vector.h"
-
-constexpr int GROUP = 32;    // weights and activations that share a scale, along the inputs
-constexpr int COLUMNS = 32;  // outputs that lie together
-
-typedef uint8_t Quads[COLUMNS][4];  // four inputs' weights for each output
-
-// The weights of a group of inputs and a block of outputs; float16 has the scales of GGUF files exactly.
-struct EightBit {
-    uint16_t scale[COLUMNS];
-    Quads weights[GROUP / 4];
-};
-struct FourBit {
-    uint16_t scale[COLUMNS], minimum[COLUMNS];
-    Quads weights[GROUP / 8];  // of each eight inputs the first four in the low halves, the others in the high ones
-};
-
-struct Packed {
-    int32_t outputs, inputs;
-    int32_t bits;       // 4 or 8
-    const void* units;  // FourBit or EightBit [outputs / COLUMNS][groups], both rounded up
-
-    template <typename Unit>
-    const Unit* block(int index, int groups) const { return static_cast<const Unit*>(units) + size_t(index) * groups; }
-};
-
-static inline int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
-static inline int groups_of(int inputs) { return rounded_up(inputs, GROUP) / GROUP; }
-static inline int blocks_of(int outputs) { return rounded_up(outputs, COLUMNS) / COLUMNS; }
 
 constexpr int ROWS_AT_ONCE = WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1;  // whose sums fit in registers
 
@@ -87,112 +60,13 @@ static void quantize_groups(const float* x, const Rows& rows, int row, int begin
 // One row of float[inputs]; `x` may be read up to the end of its last group.
 static void quantize_row(const float* x, const Rows& rows, int row) { quantize_groups(x, rows, row, 0, rows.groups); }
 
-static inline Ints quads(const uint8_t* at) { return *reinterpret_cast<const Ints*>(at); }
-
-// The same four activations for every output.
-static inline Ints four(const int8_t* at) {
-    int32_t bytes;
-    memcpy(&bytes, at, 4);
-    return Ints{} + bytes;
-}
-
-static inline Ints low_halves(Ints bytes) { return bytes & 0x0f0f0f0f; }
-static inline Ints high_halves(Ints bytes) { return (bytes >> 4) & 0x0f0f0f0f; }
-
-// dot[r][c] += the dot products of a group of R rows with C registers of outputs.
-#if defined(__AVX2__) && !DOT_BYTES
-
-// Products of bytes are summed in pairs to 16 bits, without an overflow if one factor has 4 bits: a group's
-// 16 products of each half are below 16 * 15 * 128 < 2^15. (The loops stay loops: unrolled, they have GCC keep sums in memory.)
-constexpr int SUMS_OF_4_BITS = 8, SUMS_OF_8_BITS = 4;  // that fit in registers
-typedef int16_t Shorts __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-
-static inline Shorts add_pairs(Shorts sum, Ints w, Ints x) {
-    return sum + (Shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-}
-
-// The two 16-bit sums of each output, times a factor.
-static inline Ints widened(Shorts sum, int16_t factor) {
-    return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(factor));
-}
-
-template <int R, int C>
-static inline void add_dots(const FourBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
-    Shorts sum[R][C]{};
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k += 8) {
-        Ints low[C], high[C];
-        for (int c = 0; c < C; c++) {
-            const Ints both = quads(unit.weights[k / 8][column + c * WIDTH]);
-            low[c] = low_halves(both), high[c] = high_halves(both);
-        }
-        for (int r = 0; r < R; r++) {
-            const Ints x0 = four(q + r * width + k), x1 = four(q + r * width + k + 4);
-            for (int c = 0; c < C; c++) sum[r][c] = add_pairs(add_pairs(sum[r][c], low[c], x0), high[c], x1);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) dot[r][c] += widened(sum[r][c], 1);
-}
-
-template <int R, int C>
-static inline void add_dots(const EightBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
-    Shorts low[R][C]{}, high[R][C]{};
-#pragma GCC unroll 1
-    for (int k = 0; k < GROUP; k += 4) {
-        Ints w[C];
-        for (int c = 0; c < C; c++) w[c] = quads(unit.weights[k / 4][column + c * WIDTH]);
-        for (int r = 0; r < R; r++) {
-            const Ints x = four(q + r * width + k);
-            for (int c = 0; c < C; c++) {
-                low[r][c] = add_pairs(low[r][c], low_halves(w[c]), x);
-                high[r][c] = add_pairs(high[r][c], high_halves(w[c]), x);
-            }
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) dot[r][c] += widened(low[r][c], 1) + widened(high[r][c], 16);
-}
-
-#else
-
-constexpr int SUMS_OF_4_BITS = WIDTH == 16 ? 16 : WIDTH == 8 ? 8 : 1, SUMS_OF_8_BITS = SUMS_OF_4_BITS;
-
-template <int R, int C>
-static inline void add_dots(const FourBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
-    for (int k = 0; k < GROUP; k += 8) {
-        Ints low[C], high[C];
-        for (int c = 0; c < C; c++) {
-            const Ints both = quads(unit.weights[k / 8][column + c * WIDTH]);
-            low[c] = low_halves(both), high[c] = high_halves(both);
-        }
-        for (int r = 0; r < R; r++) {
-            const Ints x0 = four(q + r * width + k), x1 = four(q + r * width + k + 4);
-            for (int c = 0; c < C; c++) dot[r][c] = add_dot(add_dot(dot[r][c], low[c], x0), high[c], x1);
-        }
-    }
-}
-
-template <int R, int C>
-static inline void add_dots(const EightBit& unit, int column, const int8_t* q, size_t width, Ints (&dot)[R][C]) {
-    for (int k = 0; k < GROUP; k += 4) {
-        Ints w[C];
-        for (int c = 0; c < C; c++) w[c] = quads(unit.weights[k / 4][column + c * WIDTH]);
-        for (int r = 0; r < R; r++) {
-            const Ints x = four(q + r * width + k);
-            for (int c = 0; c < C; c++) dot[r][c] = add_dot(dot[r][c], w[c], x);
-        }
-    }
-}
-
-#endif
-
 static inline int32_t begin_of(const EightBit&, const RowGroup& x) { return x.begin; }
 static inline int32_t begin_of(const FourBit&, const RowGroup&) { return 0; }
 
 // sum[r][c] += what a group of R rows and C registers of outputs gives, from its dot products.
 template <int R, int C>
-static inline void add_group(const EightBit& unit, int column, const RowGroup* x, size_t groups, Ints (&dot)[R][C], Floats (&sum)[R][C]) {
+static inline void add_group(
+    const EightBit& unit, int column, const RowGroup* x, size_t groups, const Ints (&dot)[R][C], Floats (&sum)[R][C]) {
     for (int c = 0; c < C; c++) {
         const Floats scale = load_halves(unit.scale + column + c * WIDTH);
         for (int r = 0; r < R; r++) sum[r][c] += as_floats(dot[r][c]) * (all(x[r * groups].scale) * scale);
@@ -200,7 +74,8 @@ static inline void add_group(const EightBit& unit, int column, const RowGroup* x
 }
 
 template <int R, int C>
-static inline void add_group(const FourBit& unit, int column, const RowGroup* x, size_t groups, Ints (&dot)[R][C], Floats (&sum)[R][C]) {
+static inline void add_group(
+    const FourBit& unit, int column, const RowGroup* x, size_t groups, const Ints (&dot)[R][C], Floats (&sum)[R][C]) {
     for (int c = 0; c < C; c++) {
         const Floats scale = load_halves(unit.scale + column + c * WIDTH);
         const Floats minimum = load_halves(unit.minimum + column + c * WIDTH);
@@ -295,34 +170,4 @@ static void multiply_all(Team& team, const Packed& weight, const Rows& x, int ro
 template <typename Use>
 static void multiply_all(Team& team, const Packed& weight, const Rows& x, int rows, Use use) {
     multiply_all(team, weight, x, rows, use, 1, [](int, int) {});
-}
-
-static inline float half_at(const uint16_t (&numbers)[COLUMNS], int column) {
-    return load_halves(numbers + column / WIDTH * WIDTH)[column % WIDTH];
-}
-
-static inline void unpack_group(const EightBit& unit, int column, float* to) {
-    const float scale = half_at(unit.scale, column);
-    for (int k = 0; k < GROUP; k++) to[k] = float(int(unit.weights[k / 4][column][k % 4]) - 128) * scale;
-}
-
-static inline void unpack_group(const FourBit& unit, int column, float* to) {
-    const float scale = half_at(unit.scale, column), minimum = half_at(unit.minimum, column);
-    for (int k = 0; k < GROUP; k++) {
-        const int both = unit.weights[k / 8][column][k % 4];
-        to[k] = float(k / 4 % 2 == 0 ? both & 15 : both >> 4) * scale + minimum;
-    }
-}
-
-template <typename Unit>
-static void unpack_unit_row(const Packed& weight, int output, float* to) {
-    const int groups = groups_of(weight.inputs);
-    const Unit* unit = weight.block<Unit>(output / COLUMNS, groups);
-    for (int group = 0; group < groups; group++) unpack_group(unit[group], output % COLUMNS, to + group * GROUP);
-}
-
-// The weights of one output as floats, with zeros up to the end of the last group.
-static void unpack_row(const Packed& weight, int output, float* to) {
-    if (weight.bits == 4) unpack_unit_row<FourBit>(weight, output, to);
-    else unpack_unit_row<EightBit>(weight, output, to);
 }

@@ -73,23 +73,6 @@ static inline Floats load_halves(const uint16_t* at) {
 #endif
 }
 
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__) || !defined(__AVX2__)
-#define DOT_BYTES 1
-// In each lane: sum + the products of w's four unsigned bytes with x's four signed ones.
-static inline Ints add_dot(Ints sum, Ints w, Ints x) {
-#if defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-#elif defined(__AVXVNNI__)
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
-#else
-    for (int byte = 0; byte < 32; byte += 8) sum += (w >> byte & 0xff) * (x << (24 - byte) >> 24);
-    return sum;
-#endif
-}
-#else
-#define DOT_BYTES 0
-#endif
-
 constexpr float LOG2_E = 1.44269504f;
 
 // 2^x within 2 units of the last place; 0 below -126. The fraction's polynomial is the Taylor series
