@@ -8,7 +8,7 @@ SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway \
-	bench-templates bench-door bench-cpu clean
+	bench-templates bench-door bench-cpu bench-processes clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -128,6 +128,11 @@ bench-cpu: setup
 	@$(PIP) matplotlib
 	@$(PY) -m tests.bench.cpu $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(SHAPE),--shapes $(SHAPE)) \
 		$(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(ARGS)
+
+# Processor time of each process of a whole server, for each token (LAYOUT=1+1|both, SHAPE=256x64, CONCURRENCY=1,8).
+bench-processes: setup
+	@$(PY) -m tests.bench.processes $(if $(LAYOUT),--layout $(LAYOUT)) $(if $(SHAPE),--shape $(SHAPE)) \
+		$(if $(CONCURRENCY),--concurrency $(CONCURRENCY))
 
 # A call and a transfer of KV with a token and with mutual TLS, beside neither (QUICK=1).
 bench-locks: setup
