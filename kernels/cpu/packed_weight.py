@@ -15,6 +15,7 @@ from kernels.cpu.library import PackedStruct
 
 GROUP = 32  # inputs that share a scale
 COLUMNS = 32  # outputs that lie together
+_VALUES_AT_ONCE = 2**18  # 1 MiB of floats stay in the cache
 _GATE_COLUMNS = COLUMNS // 2  # of gate, and then as many of up: see `swiglu` in source/decoder.h
 
 
@@ -29,12 +30,9 @@ class Groups:
 
     @classmethod
     def of(cls, weight: Tensor) -> "Groups":
-        """8 bits for float [outputs, inputs]."""
-        groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
-        scales = _float16_not_below(groups.abs().amax(-1) / 127)
-        inverse = torch.where(scales > 0, 1 / scales.float(), 0)
-        values = (groups * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
-        return cls(weight.shape[1], values.to(torch.int8).flatten(1), scales)
+        """8 bits for float [outputs, inputs]. A part at a time: large weights are not in memory twice."""
+        rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
+        return cls.below_each_other([_eight_bits(part) for part in torch.split(weight, rows)])
 
     @classmethod
     def below_each_other(cls, parts: Sequence["Groups"]) -> "Groups":
@@ -89,6 +87,14 @@ def pack(weight: Groups) -> PackedWeight:
 def pack_gate_up(weight: Groups) -> PackedWeight:
     """[gate | up], [2 * intermediate, inputs], with the two by turns."""
     return pack(weight.rearranged(_by_turns))
+
+
+def _eight_bits(weight: Tensor) -> Groups:
+    groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
+    scales = _float16_not_below(groups.abs().amax(-1) / 127)
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0)
+    values = (groups * inverse.unsqueeze(-1)).round_().clamp_(-127, 127)
+    return Groups(weight.shape[1], values.to(torch.int8).flatten(1), scales)
 
 
 def _by_turns(rows: Tensor) -> Tensor:
