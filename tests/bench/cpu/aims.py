@@ -1,14 +1,16 @@
 """What Diptych wants to be, as ratios to the better of vLLM and llama.cpp in the same run.
 
 A peer is compared by the setting with which it made most tokens/s, and the best of its weights. Another of
-its settings may have been better in one figure (shorter gaps, at the cost of tokens/s): the ratio to the best
-of all that was tried is told beside. Where a peer failed requests, or we did, nothing is won.
+its settings may have been better in one figure (shorter gaps, at the cost of tokens/s), or it is faster with
+weights of another kind than ours: the ratio to the best of all that was tried is told beside. Where a peer
+failed requests, or we did, nothing is won.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tests.bench.cpu.contestant import COMPARED
 from tests.bench.cpu.figures import Figures
 from tests.bench.cpu.load import HEADLINE, SHORT, Shape
 from tests.bench.cpu.results import Row
@@ -31,7 +33,9 @@ class Aim:
     def judge(self, rows: Sequence[Row]) -> "Judged | None":
         """None if the run did not measure both sides."""
         ours = self._best(rows, lambda row: not row.trial and self.ours(row))
-        theirs = self._best(rows, lambda row: not row.trial and self.theirs(row))
+        theirs = self._best(
+            rows, lambda row: not row.trial and row.precision in COMPARED and self.theirs(row)
+        )
         best = self._best(rows, self.theirs)
         if ours is None or theirs is None or best is None:
             return None

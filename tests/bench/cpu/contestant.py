@@ -12,7 +12,9 @@ from tests.bench.cpu.figures import Figures
 from tests.bench.cpu.load import Cell
 
 Family = Literal["Diptych", "llama.cpp", "vLLM", "transformers"]
-Precision = Literal["4 bits", "8 bits", "float32"]  # of the weights; rows of one are beside each other
+# Of the weights. The last two are not what Diptych computes with: they are shown, but no aim is about them.
+Precision = Literal["4 bits", "8 bits", "float32", "4 bits rounded again", "bfloat16"]
+COMPARED: tuple[Precision, ...] = ("4 bits", "8 bits", "float32")
 
 
 @dataclass(frozen=True, slots=True)

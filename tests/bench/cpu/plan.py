@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from tests.bench.cpu.contestant import Contestant, Setting
 from tests.bench.cpu.diptych import Diptych
 from tests.bench.cpu.llama_cpp import LlamaCpp
-from tests.bench.cpu.load import HEADLINE, LIMIT_S, LONG, SHORT, Cell, Shape, cell
+from tests.bench.cpu.load import HEADLINE, LIMIT_S, LONG, Cell, Shape, cell
 from tests.bench.cpu.results import TRIAL
 from tests.bench.cpu.transformers_generate import TransformersGenerate
 from tests.bench.cpu.visit import Visit
-from tests.bench.cpu.vllm import Vllm
+from tests.bench.cpu.vllm import Vllm, has_bfloat16
 
 ROUNDS = 3
 HEADLINE_CONCURRENCY = 32
@@ -26,7 +26,9 @@ def contestants() -> list[Contestant]:
         LlamaCpp("Q4_1"),
         LlamaCpp("Q8_0"),
         LlamaCpp("F32"),
+        LlamaCpp("Q4_0"),
         Vllm(),
+        *([Vllm("bfloat16")] if has_bfloat16() else []),
         TransformersGenerate(),
         Diptych("1+1", "Q4_1"),
         Diptych("both", "Q4_1"),
@@ -59,7 +61,8 @@ def plan(
 ) -> list[Visit]:
     cells = {c.name: cells_of(c, shapes, concurrencies, quick) for c in chosen}
     rounds = 1 if quick else ROUNDS
-    trials = [] if quick else [visit for c in chosen for visit in trials_of(c, cells[c.name])]
+    first = {c.family: c for c in reversed(chosen)}
+    trials = [] if quick else [v for c in chosen if first[c.family] is c for v in trials_of(c, cells[c.name])]
     visits: list[Visit] = []
     for number in range(1, rounds + 1):
         turn = [c for c in chosen if not c.starts_slowly]
@@ -71,9 +74,8 @@ def plan(
 
 
 def trials_of(contestant: Contestant, cells: Sequence[Cell]) -> list[Visit]:
-    """Each setting once, with the short prompts; settings of other weights are those of the first."""
-    tried = [each for each in cells if each.shape in (SHORT, HEADLINE)]
+    """Each setting once, with the shortest prompts. Others of a family use what its first one found best."""
+    shortest = min((each.shape.prompt_tokens for each in cells), default=0)
+    tried = [each for each in cells if each.shape.prompt_tokens == shortest]
     settings: Sequence[Setting] = contestant.settings
-    if len(settings) == 1 or contestant.name in ("llama.cpp Q8_0", "llama.cpp F32"):
-        return []
-    return [Visit(contestant, tried, [TRIAL], setting) for setting in settings]
+    return [Visit(contestant, tried, [TRIAL], setting) for setting in settings] if len(settings) > 1 else []

@@ -21,8 +21,8 @@ PANELS: Sequence[tuple[str, Callable[[Figures], float | None], bool]] = (
 )
 COLOURS = {
     "Diptych": ("#0b5fa5", "#3f8fd2", "#66a9dc", "#9cc8ea", "#c6dff3"),
-    "llama.cpp": ("#c2571a", "#e58a4e", "#f3bf99"),
-    "vLLM": ("#4d8c3f",),
+    "llama.cpp": ("#a8480f", "#d0692a", "#e99a66", "#f6cdb0"),
+    "vLLM": ("#4d8c3f", "#93c287"),
 }
 BARS_WIDTH = 0.84  # of the distance between two groups
 

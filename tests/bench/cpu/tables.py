@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.bench.cpu.aims import Judged, judge
+from tests.bench.cpu.contestant import COMPARED
 from tests.bench.cpu.load import Shape
 from tests.bench.cpu.results import Results, Row
 
 FAMILIES = ("Diptych", "llama.cpp", "vLLM", "transformers")
-PRECISIONS = ("4 bits", "8 bits", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def _speeds(rows: Sequence[Row], shape: str, mark: _Mark) -> Table:
 def _equal(rows: Sequence[Row], mark: _Mark) -> Table:
     """Ours beside each peer's of the same precision, 256 tokens in and 64 out."""
     lines = []
-    for precision in PRECISIONS:
+    for precision in COMPARED:
         same = [row for row in rows if row.precision == precision and row.shape == "256x64"]
         for concurrency in sorted({row.concurrency for row in same}):
             at_once = [row for row in same if row.concurrency == concurrency]
@@ -157,7 +157,7 @@ def _aims(judged: Sequence[Judged], mark: _Mark) -> Table:
     notes = (
         ["† measured by another start of the benchmark than the last one"] if _any_mark(judged, mark) else []
     )
-    columns = ("aim", "ratio", "wanted", "verdict", "ours", "the better peer", "to the best setting tried")
+    columns = ("aim", "ratio", "wanted", "verdict", "ours", "the better peer", "to the best of all tried")
     return Table("Aims", columns, lines, notes)
 
 

@@ -18,6 +18,7 @@ FAMILIES: dict[str, tuple[Family, Precision]] = {
     "Diptych both int8 Q4_1": ("Diptych", "4 bits"),
     "llama.cpp Q4_1": ("llama.cpp", "4 bits"),
     "vLLM float32": ("vLLM", "float32"),
+    "vLLM bfloat16": ("vLLM", "bfloat16"),
 }
 
 
@@ -71,6 +72,12 @@ def test_peers_are_compared_by_their_measured_setting_and_the_best_that_was_trie
     (gaps,) = [each for each in judge(results(*rows).rows()) if each.aim.name == GAPS]
     assert (gaps.ratio, gaps.verdict, gaps.ratio_to_tried) == (0.01, "met", 0.1)
     assert gaps.tried.setting == "small batches"
+
+
+def test_weights_of_another_kind_are_told_but_not_what_aims_are_about():
+    rows = (measured(OURS, 400.0), measured("vLLM float32", 100.0), measured("vLLM bfloat16", 200.0))
+    (throughput,) = judge(results(*rows).rows())
+    assert (throughput.ratio, throughput.verdict, throughput.ratio_to_tried) == (4.0, "met", 2.0)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (1, 0)])

