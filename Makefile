@@ -8,7 +8,7 @@ SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway \
-	bench-templates bench-door bench-cpu bench-processes clean
+	bench-templates bench-door bench-cpu bench-processes bench-threads clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -121,6 +121,10 @@ bench-door: setup
 bench-kernels: setup
 	@$(PY) -m tests.bench.kernels --threads $(or $(THREADS),1) $(if $(PART),--part $(PART)) \
 	  $(if $(LEVEL),--level $(LEVEL))
+
+# A step with one and two threads, and workers that share a machine's cores in several ways (PART=steps|workers)
+bench-threads: setup
+	@$(PY) -m tests.bench.threads $(if $(PART),--part $(PART))
 
 # Whole servers side by side: Diptych, llama.cpp, vLLM, transformers; peers are installed and built on first use
 # (QUICK=1, ONLY=diptych,llama.cpp,vllm,transformers, SHAPE=256x64, CONCURRENCY=1,8, ARGS="--resume|--render").
