@@ -35,7 +35,8 @@ def part_of(command: Sequence[str], parent: Sequence[str]) -> str | None:
         return command[command.index("--role") + 1]
     if "gateway" in command:
         return "gateway"
-    return "valkey" if "valkey-server" in command[0] else None  # its own title, address and all, is one word
+    # It titles itself: program and address are one word. A process that has ended has no words.
+    return "valkey" if command and "valkey-server" in command[0] else None
 
 
 def shares(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
