@@ -36,24 +36,40 @@ struct Rows {
     RowGroup* group;  // [rows][groups]
 };
 
-// Groups [begin, end) of a row, from those of `x`.
+// The largest magnitude of a group.
+static inline float top_of(const float* x) {
+    Floats largest{};
+    for (int k = 0; k < GROUP; k += WIDTH) largest = larger(absolute(load(x + k)), largest);
+    return max_of(largest);
+}
+
+// q = x * inverse, rounded; returns their sum.
+static inline int32_t quantize_group(const float* x, float inverse, int8_t* q) {
+    Ints sums{};
+    for (int k = 0; k < GROUP; k += WIDTH) {
+        const Ints values = rounded(load(x + k) * all(inverse));
+        sums += values << 24 >> 24;
+        *reinterpret_cast<Bytes*>(q + k) = __builtin_convertvector(values, Bytes);
+    }
+    return sum_of(sums);
+}
+
+// Groups [begin, end) of a row, from those of `x`, so many at a time that their divisions are one.
 static void quantize_groups(const float* x, const Rows& rows, int row, int begin, int end) {
-    int8_t* q = rows.q + (size_t(row) * rows.groups + begin) * GROUP;
+    int8_t* q = rows.q + size_t(row) * rows.groups * GROUP;
     RowGroup* of = rows.group + size_t(row) * rows.groups;
-    x += begin * GROUP;
-    for (int group = begin; group < end; group++, x += GROUP, q += GROUP) {
-        Floats largest{};
-        for (int k = 0; k < GROUP; k += WIDTH) largest = larger(absolute(load(x + k)), largest);
-        const float top = max_of(largest), scale = top / 127.0f;
-        const Floats inverse = all(top > 0.0f ? 127.0f / top : 0.0f);
-        Ints sums{};
-        for (int k = 0; k < GROUP; k += WIDTH) {
-            const Bytes values = __builtin_convertvector(rounded(load(x + k) * inverse), Bytes);
-            sums += __builtin_convertvector(values, Ints);
-            *reinterpret_cast<Bytes*>(q + k) = values;
+    for (int first = begin; first < end; first += WIDTH) {
+        const int count = std::min(WIDTH, end - first);
+        float tops[WIDTH]{}, scales[WIDTH], inverses[WIDTH];
+        for (int i = 0; i < count; i++) tops[i] = top_of(x + (first + i) * GROUP);
+        const Floats top = load(tops);
+        store(scales, top / 127.0f);
+        store(inverses, select(top > 0.0f, 127.0f / top, Floats{}));
+        for (int i = 0; i < count; i++) {
+            const int at = (first + i) * GROUP;
+            const int32_t sum = quantize_group(x + at, inverses[i], q + at);
+            of[first + i] = {scales[i], float(sum) * scales[i], -128 * sum};
         }
-        const int32_t sum = sum_of(sums);
-        of[group] = {scale, float(sum) * scale, -128 * sum};
     }
 }
 
