@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
+from itertools import combinations, cycle
 from pydoc_data import topics
 from typing import TypeVar
 
@@ -42,6 +42,7 @@ T = TypeVar("T")
 ROWS = (1, 8, 32, 128)
 SEQUENCES = (1, 8, 32)
 CONTEXT = 256  # tokens of each decoding sequence, and of a prompt
+LONG = ((8, 1024), (2, 4096))  # sequences and tokens of each
 BLOCK_SIZE = 16
 BLOCKS = 1024
 WINDOW = 512  # tokens of a piece of the text
@@ -124,29 +125,49 @@ class Bench:
         print(f"{name:24s}{len(x):5d}{rates}{work / slow:8.0f} GOP/s{ratios}")
 
     def attention(self) -> None:
-        pool = torch.randn(self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE).shape)
-        print(f"\n{'attention of one layer':29s}{'kernels':>10s}{'torch':>10s}{'ratio':>8s}")
-        for count in SEQUENCES:
-            self._attend(f"{count} decoding", pool, count, 1)
-        self._attend(f"prompt of {CONTEXT}", pool, 1, CONTEXT)
-
-    def _attend(self, name: str, pool: Tensor, sequences: int, queries: int) -> None:
-        config = self._files.config
-        rows = [ops.AttentionRow(queries, CONTEXT - queries, table) for table in _tables(sequences)]
-        q = torch.randn(sequences * queries, config.heads, config.head_dim)
-        plan = ops.plan_attention(rows, pool, config.sliding_window, TOKENS_PER_GROUP_CPU)
-        # A step comes back to a layer only after all the others, when the caches hold nothing of it.
-        near_layers, exact_layers = cycle(range(config.layers)), cycle(range(config.layers))
-        near, exact = best_times(
-            [
-                lambda: self._kernels.paged_attention(
-                    q, pool, next(near_layers), rows, config.sliding_window
-                ),
-                lambda: ops.paged_attention(q, pool, next(exact_layers), plan),
-            ],
-            self._rounds,
+        wide = torch.randn(self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE).shape)
+        pools = [self._quantized(wide), wide]
+        print(
+            f"\n{'attention of one layer':29s}{'int8 KV':>10s}{'float32 KV':>12s}{'torch':>10s}{'ratios':>9s}"
         )
-        print(f"{name:29s}{near * 1e6:7.0f} us{exact * 1e6:7.0f} us{exact / near:7.1f}x")
+        for count in SEQUENCES:
+            self._attend(f"{count} decoding", pools, count, 1, CONTEXT)
+        for count, context in LONG:
+            self._attend(f"{count} decoding, {context} tokens", pools, count, 1, context)
+        self._attend(f"prompt of {CONTEXT}", pools, 1, CONTEXT, CONTEXT)
+        self._attend("the last 128 of 4096", pools, 1, 128, 4096)
+
+    def _quantized(self, wide: Tensor) -> Tensor:
+        """The same KV in 8 bits."""
+        geometry = self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE, "int8")
+        pool = torch.zeros(geometry.shape, dtype=torch.int8)
+        blocks = [block for block in range(BLOCKS) for _ in range(BLOCK_SIZE)]
+        offsets = list(range(BLOCK_SIZE)) * BLOCKS
+        for layer in range(geometry.layers):
+            k, v = wide[:, layer].transpose(0, 1).transpose(2, 3).flatten(1, 2)
+            self._kernels.kv_write(pool, layer, k, v, blocks, offsets)
+        return pool
+
+    def _attend(self, name: str, pools: Sequence[Tensor], sequences: int, queries: int, context: int) -> None:
+        config = self._files.config
+        rows = [ops.AttentionRow(queries, context - queries, table) for table in _tables(sequences, context)]
+        q = torch.randn(sequences * queries, config.heads, config.head_dim)
+        plan = ops.plan_attention(rows, pools[-1], config.sliding_window, TOKENS_PER_GROUP_CPU)
+        # A step comes back to a layer only after all the others, when the caches hold nothing of it.
+        layers = [cycle(range(config.layers)) for _ in range(3)]
+        calls: list[Callable[[], object]] = [
+            partial(self._attend_layer, q, pool, turns, rows)
+            for pool, turns in zip(pools, layers, strict=False)
+        ]
+        calls.append(lambda: ops.paged_attention(q, pools[-1], next(layers[2]), plan))
+        *near, exact = best_times(calls, self._rounds)
+        ratios = "".join(f"{exact / seconds:6.1f}x" for seconds in near)
+        print(f"{name:29s}{near[0] * 1e6:7.0f} us{near[1] * 1e6:9.0f} us{exact * 1e6:7.0f} us{ratios}")
+
+    def _attend_layer(
+        self, q: Tensor, pool: Tensor, layers: Iterator[int], rows: list[ops.AttentionRow]
+    ) -> None:
+        self._kernels.paged_attention(q, pool, next(layers), rows, self._files.config.sliding_window)
 
     def sampling(self) -> None:
         logits = torch.randn(SEQUENCES[-1], self._files.config.vocab_size) * 3
@@ -166,7 +187,14 @@ class Bench:
             print(f"{name:29s}{near * 1e3:7.2f} ms{exact * 1e3:7.2f} ms{exact / near:7.1f}x")
 
     def steps(self) -> None:
-        self._compare_steps("int8", "float32", *self._runners())
+        near, wide, exact = (self._runner(*kind) for kind in (("int8", "int8"), ("int8",), ("none",)))
+        title = f"step, {CONTEXT} tokens of context"
+        print(f"\n{title:29s}{'int8':>10s}{'float32 KV':>12s}{'float32':>10s}{'ratios':>10s}")
+        for name, rows in _steps().items():
+            calls = [partial(runner.run, rows) for runner in (near, wide, exact)]
+            fast, middle, slow = best_times(calls, self._rounds)
+            times = f"{fast * 1e3:7.1f} ms{middle * 1e3:9.1f} ms{slow * 1e3:7.1f} ms"
+            print(f"{name:29s}{times}{slow / fast:6.2f}x{slow / middle:6.2f}x")
 
     def compiled(self) -> None:
         started_s = time.perf_counter()
@@ -174,18 +202,15 @@ class Bench:
         loaded_s = time.perf_counter()
         compiled = self._runner("none", compiled=True)
         print(f"\nstart: {loaded_s - started_s:.1f} s, with --compile {time.perf_counter() - loaded_s:.1f} s")
-        self._compare_steps("--compile", "without", compiled, plain)
-
-    def _compare_steps(self, near_name: str, exact_name: str, near: TorchRunner, exact: TorchRunner) -> None:
-        print(f"\n{f'step, {CONTEXT} tokens of context':29s}{near_name:>10s}{exact_name:>10s}{'ratio':>8s}")
+        print(f"\n{f'step, {CONTEXT} tokens of context':29s}{'--compile':>10s}{'without':>10s}{'ratio':>8s}")
         for name, rows in _steps().items():
-            fast, slow = best_times([partial(near.run, rows), partial(exact.run, rows)], self._rounds)
+            fast, slow = best_times([partial(compiled.run, rows), partial(plain.run, rows)], self._rounds)
             print(f"{name:29s}{fast * 1e3:7.1f} ms{slow * 1e3:7.1f} ms{slow / fast:7.2f}x")
 
     def logprobs(self) -> None:
         scored = Sample(SamplingParams(max_tokens=1, temperature=0, top_logprobs=5), [], [])
         targets = Targets(1, [7] * (CONTEXT - 1), 5)
-        for name, runner in zip(("int8", "float32"), self._runners(), strict=True):
+        for name, runner in (("int8", self._runner("int8", "int8")), ("float32", self._runner("none"))):
             print(
                 f"\n{f'5 logprobs each, {name}':29s}{'without':>10s}{'with':>10s}{'more':>8s}{'a token':>10s}"
             )
@@ -208,26 +233,29 @@ class Bench:
         )
 
     def quality(self, pieces: int) -> None:
-        near, exact = self._runners()
-        result = closeness(
-            (_all_logits(exact, piece), _all_logits(near, piece), torch.tensor(piece[1:]))
-            for piece in _text(self._files, pieces)
-        )
-        print(f"\nint8 against float32 over {result.tokens:,} tokens of the topics of Python's help():")
-        print(
-            f"perplexity {math.exp(result.near_loss):.3f} against {math.exp(result.exact_loss):.3f} "
-            f"({result.perplexity_change:+.2%}), mean KL divergence {result.divergence:.5f} nats, "
-            f"the same greedy token {result.agreement:.1%}"
-        )
+        runners = {
+            "float32": self._runner("none"),
+            "int8, KV float32": self._runner("int8"),
+            "int8, KV int8": self._runner("int8", "int8"),
+        }
+        texts = _text(self._files, pieces)
+        said = {name: [_all_logits(runner, piece) for piece in texts] for name, runner in runners.items()}
+        print(f"\nover {pieces * (WINDOW - 1):,} tokens of the topics of Python's help():")
+        for near, exact in combinations(reversed(said), 2):
+            result = closeness(
+                (q, p, torch.tensor(piece[1:]))
+                for q, p, piece in zip(said[exact], said[near], texts, strict=True)
+            )
+            print(
+                f"{near:16s} against {exact:16s}: perplexity {math.exp(result.near_loss):.3f} against "
+                f"{math.exp(result.exact_loss):.3f} ({result.perplexity_change:+.2%}), mean KL divergence "
+                f"{result.divergence:.5f} nats, the same greedy token {result.agreement:.1%}"
+            )
 
-    def _runners(self) -> tuple[TorchRunner, TorchRunner]:
-        return self._runner("int8"), self._runner("none")
-
-    def _runner(self, quantization: str, compiled: bool = False) -> TorchRunner:
-        geometry = self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE)
+    def _runner(self, quantization: str, kv: str = "float32", compiled: bool = False) -> TorchRunner:
         return TorchRunner(
             self._files,
-            geometry,
+            self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE, kv),
             None,
             threads=self._threads,
             quantization=quantization,
@@ -280,9 +308,9 @@ def _projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _tables(sequences: int) -> list[list[int]]:
-    """Block tables for CONTEXT tokens each, over a shuffled pool."""
-    count = -(-CONTEXT // BLOCK_SIZE)
+def _tables(sequences: int, context: int = CONTEXT) -> list[list[int]]:
+    """Block tables for `context` tokens each, over a shuffled pool."""
+    count = -(-context // BLOCK_SIZE)
     shuffled = random.Random(1).sample(range(BLOCKS), sequences * count)
     return [shuffled[index * count : (index + 1) * count] for index in range(sequences)]
 

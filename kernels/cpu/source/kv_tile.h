@@ -193,9 +193,17 @@ static inline Ints dot(Ints sum, const Keys& k, int32_t q) {
 constexpr int KEY_BIAS = 0;
 #endif
 
+// WIDTH codes. (Compilers make many instructions of a conversion that is not written as one.)
 static inline Floats floats_of(const int8_t* codes) {
-    typedef int8_t Codes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Ints), Floats);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)codes)));
+#else
+    Floats values;
+    for (int i = 0; i < WIDTH; i++) values[i] = float(codes[i]);
+    return values;
+#endif
 }
 
 class Int8Tile {
