@@ -1,7 +1,7 @@
 """One turn of a contestant: its server is started, warmed up and measured, and everything is written down."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.bench.cpu.contestant import Contestant, Setting
 from tests.bench.cpu.figures import Figures
 from tests.bench.cpu.load import Cell
-from tests.bench.cpu.noise import measure_noise
+from tests.bench.cpu.noise import Noise, measure_noise
 from tests.bench.cpu.processes import PeerFailed
 from tests.bench.cpu.results import Failure, Repetition, Results, Weather
 
@@ -23,10 +23,12 @@ class Visit:
 
 
 class Notebook:
-    """Results that are saved whenever something is added."""
+    """Results that are saved whenever something is added. `noise` measures the machine's."""
 
-    def __init__(self, results: Results, path: Path, logs: Path) -> None:
-        self.results, self.logs = results, logs
+    def __init__(
+        self, results: Results, path: Path, logs: Path, noise: Callable[[], Noise] = measure_noise
+    ) -> None:
+        self.results, self.logs, self._noise = results, logs, noise
         self._path = path
         self.session = results.sessions[-1].number
 
@@ -67,7 +69,7 @@ class Notebook:
         print(progress(contestant, setting, cell, number, figures), flush=True)
 
     def weather(self, contestant: Contestant) -> None:
-        noise = measure_noise()
+        noise = self._noise()
         self.results.weather.append(Weather(self.session, contestant.name, noise))
         print(f"{contestant.name}: {noise}", flush=True)
 
