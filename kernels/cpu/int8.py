@@ -1,8 +1,9 @@
 """The C++ kernels, called with tensors. Shapes are checked here; C++ trusts its caller.
 
 Weights have 4 or 8 bits and a scale for each output and group of inputs, activations 8 bits and a scale for
-each token and group. What a token gives depends on that token's numbers and context alone, to the last bit:
-not on the batch, the threads, or how a prompt was cut into chunks (`source/linear.h`, `source/attention.h`).
+each token and group; or both are float32. What a token gives depends on that token's numbers and context
+alone, to the last bit: not on the batch, the threads, or how a prompt was cut into chunks (`source/linear.h`,
+`source/attention.h`).
 
 A call computes in a team of threads, and lets other Python threads run meanwhile.
 """

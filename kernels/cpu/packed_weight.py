@@ -1,7 +1,7 @@
 """Weights in groups of 32 inputs, as model files have them (Groups) and as `source/packed.h` has them.
 
 A group has integers of 4 or 8 bits and a scale, with 4 bits a minimum too: w = scale * q (+ minimum).
-What a file has in this form keeps its numbers; other weights become 8 bits.
+What a file has in this form keeps its numbers; other weights become 8 bits. Or weights stay float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,9 @@ class PackedWeight:
     outputs: int
     inputs: int
     bits: int
-    units: Tensor  # uint8 [output blocks, groups, bytes of a FourBit or an EightBit]
+    units: (
+        Tensor  # uint8 [output blocks, groups, bytes of a FourBit or an EightBit]; 32 bits: see `pack_floats`
+    )
 
     @property
     def struct(self) -> PackedStruct:
@@ -87,6 +89,18 @@ def pack(weight: Groups) -> PackedWeight:
 def pack_gate_up(weight: Groups) -> PackedWeight:
     """[gate | up], [2 * intermediate, inputs], with the two by turns."""
     return pack(weight.rearranged(_by_turns))
+
+
+def pack_floats(weight: Tensor) -> PackedWeight:
+    """Keeps float32 [outputs, inputs]; units: float32 [output blocks, inputs, COLUMNS]."""
+    outputs, inputs = weight.shape
+    blocks = F.pad(weight, (0, 0, 0, -outputs % COLUMNS)).view(-1, COLUMNS, inputs)
+    return PackedWeight(outputs, inputs, 32, blocks.transpose(1, 2).contiguous())
+
+
+def pack_float_gate_up(weight: Tensor) -> PackedWeight:
+    """[gate | up], [2 * intermediate, inputs], with the two by turns."""
+    return pack_floats(_by_turns(weight))
 
 
 def _eight_bits(weight: Tensor) -> Groups:

@@ -1,5 +1,5 @@
 // The Llama-shaped decoder as phases of a team of threads: the same model as
-// services/engine/device/decoder.py, with its projections quantised as linear.h says.
+// services/engine/device/decoder.py, with its projections as linear.h computes them.
 #pragma once
 
 #include <memory>
@@ -129,8 +129,8 @@ class Decoder {
     }
 
     void attend_layer(const Batch& batch, int index, const Layer& layer) {
-        normalize(batch.tokens, layer.attention_norm);
-        multiply_all(team_, layer.qkv, rows_of(m_.hidden), batch.tokens, [&](int token, int block, const float* y) {
+        normalize(batch.tokens, layer.attention_norm, layer.qkv);
+        multiply_all(team_, layer.qkv, normal_rows(layer.qkv), batch.tokens, [&](int token, int block, const float* y) {
             memcpy(qkv(token) + block * COLUMNS, y, sizeof(float) * COLUMNS);
         });
         // Where an item has all queries of its sequence it places them itself: nobody else attends to them.
@@ -144,8 +144,7 @@ class Decoder {
                 place(batch, index, layer, token, item.kv_head, item.kv_heads_end);
             scratch_[thread]->attend(attention, batch.sequence, item);
             for (int token = first; whole_groups() && token < first + item.queries; token++)
-                quantize_groups(attended(token), rows_of(attended_inputs()), token, groups_before(item.kv_head),
-                                groups_before(item.kv_heads_end));
+                quantize_groups(attended_rows(layer), token, groups_before(item.kv_head), groups_before(item.kv_heads_end));
         });
     }
 
@@ -182,18 +181,18 @@ class Decoder {
 
     void add_attention(int tokens, const Layer& layer) {
         if (!whole_groups())
-            team_.share(tokens, [&](int token) { quantize_row(attended(token), rows_of(attended_inputs()), token); });
-        add(tokens, layer.attention_output, rows_of(attended_inputs()));
+            team_.share(tokens, [&](int token) { quantize_row(attended_rows(layer), token); });
+        add(tokens, layer.attention_output, attended_rows(layer));
     }
 
     // Two blocks of gate and up are a group of what `down` multiplies with.
     void feed_forward(int tokens, const Layer& layer) {
-        normalize(tokens, layer.mlp_norm);
-        const Rows rows{groups_of(m_.intermediate), wide_q_.data(), wide_groups_.data()};
+        normalize(tokens, layer.mlp_norm, layer.gate_up);
+        const Rows rows = rows_of(layer.down, wide_, wide_width(), wide_q_, wide_groups_);
         multiply_all(
-            team_, layer.gate_up, rows_of(m_.hidden), tokens,
+            team_, layer.gate_up, normal_rows(layer.gate_up), tokens,
             [&](int token, int block, const float* y) { swiglu(y, y + 16, wide(token) + block * 16); },
-            2, [&](int token, int group) { quantize_groups(wide(token), rows, token, group, group + 1); });
+            2, [&](int token, int group) { quantize_groups(rows, token, group, group + 1); });
         add(tokens, layer.down, rows);
     }
 
@@ -201,19 +200,19 @@ class Decoder {
         team_.share(count, [&](int row) {
             float* normal = normal_.data() + size_t(row) * hidden_width();
             rms_norm(hidden(tokens[row]), m_.final_norm, m_.hidden, m_.rms_norm_eps, normal);
-            quantize_row(normal, rows_of(m_.hidden), row);
+            quantize_row(normal_rows(m_.unembedding), row);
         });
-        multiply_all(team_, m_.unembedding, rows_of(m_.hidden), count, [&](int row, int block, const float* y) {
+        multiply_all(team_, m_.unembedding, normal_rows(m_.unembedding), count, [&](int row, int block, const float* y) {
             const int first = block * COLUMNS, columns = std::min(COLUMNS, m_.vocab - first);
             memcpy(logits + size_t(row) * m_.vocab + first, y, sizeof(float) * columns);
         });
     }
 
-    void normalize(int tokens, const float* weight) {
+    void normalize(int tokens, const float* weight, const Packed& next) {
         team_.share(tokens, [&](int token) {
             float* normal = normal_.data() + token * hidden_width();
             rms_norm(hidden(token), weight, m_.hidden, m_.rms_norm_eps, normal);
-            quantize_row(normal, rows_of(m_.hidden), token);
+            quantize_row(normal_rows(next), token);
         });
     }
 
@@ -233,7 +232,6 @@ class Decoder {
     float* hidden(int token) { return hidden_.data() + token * hidden_width(); }
     float* qkv(int token) { return qkv_.data() + token * qkv_width(); }
     float* qkv_head(int token, int head) { return qkv(token) + size_t(head) * m_.head_dim; }
-    float* attended(int token) { return attended_.data() + token * attended_width(); }
     float* wide(int token) { return wide_.data() + token * wide_width(); }
 
     int attended_inputs() const { return m_.heads * m_.head_dim; }
@@ -241,7 +239,15 @@ class Decoder {
     int groups_before(int kv_head) const { return kv_head * (attended_inputs() / m_.kv_heads) / GROUP; }
     bool whole_groups() const { return attended_inputs() / m_.kv_heads % GROUP == 0; }
 
-    Rows rows_of(int inputs) { return {groups_of(inputs), q_.data(), q_groups_.data()}; }
+    // The rows that a weight is to be multiplied with.
+    static Rows rows_of(const Packed& weight, const std::vector<float>& x, size_t width, std::vector<int8_t>& q,
+                        std::vector<RowGroup>& groups) {
+        return {x.data(), width, groups_of(weight.inputs), weight.has_floats() ? nullptr : q.data(), groups.data()};
+    }
+    Rows normal_rows(const Packed& weight) { return rows_of(weight, normal_, hidden_width(), q_, q_groups_); }
+    Rows attended_rows(const Layer& layer) {
+        return rows_of(layer.attention_output, attended_, attended_width(), q_, q_groups_);
+    }
 
     void grow(int tokens, int sampled) {
         const size_t rows = std::max(tokens, sampled);

@@ -19,12 +19,12 @@ void diptych_linear(Team* team, const Packed* weight, const float* x, int32_t ro
     std::vector<float> padded(size_t(rows) * width);
     std::vector<int8_t> q(size_t(rows) * width);
     std::vector<RowGroup> of_groups(size_t(rows) * groups);
-    const Rows quantized{groups, q.data(), of_groups.data()};
+    const Rows padded_rows{padded.data(), size_t(width), groups, weight->has_floats() ? nullptr : q.data(), of_groups.data()};
     team->share(rows, [&](int row) {
         memcpy(&padded[size_t(row) * width], x + size_t(row) * weight->inputs, sizeof(float) * weight->inputs);
-        quantize_row(&padded[size_t(row) * width], quantized, row);
+        quantize_row(padded_rows, row);
     });
-    multiply_all(*team, *weight, quantized, rows, [&](int row, int block, const float* values) {
+    multiply_all(*team, *weight, padded_rows, rows, [&](int row, int block, const float* values) {
         const int first = block * COLUMNS, count = std::min(COLUMNS, weight->outputs - first);
         memcpy(y + size_t(row) * weight->outputs + first, values, sizeof(float) * count);
     });

@@ -1,4 +1,5 @@
-// Projections with weights of 4 or 8 bits and activations of 8 bits, exact within groups.
+// Projections: with float32 weights (float_linear.h), or with weights of 4 or 8 bits and activations of 8 bits,
+// exact within groups.
 //
 //     8 bits:  y[r][o] = sum over groups g of  dot * (xs[r][g] * d[o][g])                          w = d * q
 //     4 bits:  y[r][o] = sum over groups g of  dot * (xs[r][g] * d[o][g])  +  m[o][g] * t[r][g]    w = d * q + m
@@ -17,6 +18,7 @@
 #include <type_traits>
 
 #include "dots.h"
+#include "float_linear.h"
 #include "packed.h"
 #include "team.h"
 #include "vector.h"
@@ -29,10 +31,12 @@ struct RowGroup {
     int32_t begin;  // -128 * sum of the group's q
 };
 
-// Rows of quantised activations.
+// Rows of activations: floats, and what they are rounded to for weights of few bits.
 struct Rows {
+    const float* x;  // [rows][stride], with zeros up to the end of the last group
+    size_t stride;
     int groups;
-    int8_t* q;        // [rows][groups * GROUP]
+    int8_t* q;        // [rows][groups * GROUP]; null: for float32 weights, with nothing to round
     RowGroup* group;  // [rows][groups]
 };
 
@@ -54,8 +58,10 @@ static inline int32_t quantize_group(const float* x, float inverse, int8_t* q) {
     return sum_of(sums);
 }
 
-// Groups [begin, end) of a row, from those of `x`, so many at a time that their divisions are one.
-static void quantize_groups(const float* x, const Rows& rows, int row, int begin, int end) {
+// Groups [begin, end) of a row, so many at a time that their divisions are one.
+static void quantize_groups(const Rows& rows, int row, int begin, int end) {
+    if (!rows.q) return;
+    const float* x = rows.x + row * rows.stride;
     int8_t* q = rows.q + size_t(row) * rows.groups * GROUP;
     RowGroup* of = rows.group + size_t(row) * rows.groups;
     for (int first = begin; first < end; first += WIDTH) {
@@ -73,8 +79,7 @@ static void quantize_groups(const float* x, const Rows& rows, int row, int begin
     }
 }
 
-// One row of float[inputs]; `x` may be read up to the end of its last group.
-static void quantize_row(const float* x, const Rows& rows, int row) { quantize_groups(x, rows, row, 0, rows.groups); }
+static void quantize_row(const Rows& rows, int row) { quantize_groups(rows, row, 0, rows.groups); }
 
 static inline int32_t begin_of(const EightBit&, const RowGroup& x) { return x.begin; }
 static inline int32_t begin_of(const FourBit&, const RowGroup&) { return 0; }
@@ -153,33 +158,66 @@ static void multiply_up_to(int rows, const Unit* unit, const Rows& x, int row, A
     if constexpr (R > 1) multiply_up_to<R - 1>(rows, unit, x, row, ahead, y);
 }
 
+// What a team shares out: panels of rows times spans of blocks of outputs. A panel of so many bytes stays in the
+// second-level cache while the blocks of weights pass by.
+struct Panels {
+    int rows, blocks, span;
+    size_t row_bytes;
+    int rows_at_once;
+
+    // multiply(block, first row, end) for each block of a span, then done(row, span) for each of its rows.
+    template <typename Multiply, typename Done>
+    void share(Team& team, Multiply multiply, Done done) const {
+        const int panel = std::max(rows_at_once, int((384 << 10) / row_bytes) / rows_at_once * rows_at_once);
+        const int panels = (rows + panel - 1) / panel, spans = (blocks + span - 1) / span;
+        team.share(spans * panels, [&](int item) {
+            const int first_block = item % spans * span, first = item / spans * panel;
+            const int end = std::min(rows, first + panel);
+            for (int block = first_block; block < std::min(blocks, first_block + span); block++) multiply(block, first, end);
+            for (int row = first; row < end; row++) done(row, item % spans);
+        });
+    }
+};
+
 template <typename Unit, typename Use, typename Done>
 static void multiply_units(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
-    const int blocks = blocks_of(weight.outputs), spans = (blocks + span - 1) / span;
-    // A panel of rows stays in the second-level cache while the blocks of weights pass by.
-    const int panel = std::max(ROWS_AT_ONCE, (384 << 10) / (x.groups * GROUP) / ROWS_AT_ONCE * ROWS_AT_ONCE);
-    const int panels = (rows + panel - 1) / panel;
-    team.share(spans * panels, [&](int item) {
-        const int first_block = item % spans * span, first = item / spans * panel;
-        const int end = std::min(rows, first + panel);
+    const Panels panels{rows, blocks_of(weight.outputs), span, size_t(x.groups) * GROUP, ROWS_AT_ONCE};
+    const auto multiply_block = [&](int block, int first, int end) {
         alignas(64) float y[ROWS_AT_ONCE][COLUMNS];
-        for (int block = first_block; block < std::min(blocks, first_block + span); block++) {
-            Ahead ahead = after<Unit>(weight, block, x.groups, end - first);
-            for (int row = first; row < end; row += ROWS_AT_ONCE) {
-                const int count = std::min(ROWS_AT_ONCE, end - row);
-                multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, ahead, y);
-                for (int r = 0; r < count; r++) use(row + r, block, y[r]);
-            }
+        Ahead ahead = after<Unit>(weight, block, x.groups, end - first);
+        for (int row = first; row < end; row += ROWS_AT_ONCE) {
+            const int count = std::min(ROWS_AT_ONCE, end - row);
+            multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, ahead, y);
+            for (int r = 0; r < count; r++) use(row + r, block, y[r]);
         }
-        for (int row = first; row < end; row++) done(row, item % spans);
-    });
+    };
+    panels.share(team, multiply_block, done);
+}
+
+template <typename Use, typename Done>
+static void multiply_with_floats(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
+    const Panels panels{rows, blocks_of(weight.outputs), span, sizeof(float) * weight.inputs, FLOAT_ROWS_AT_ONCE};
+    const auto multiply_block = [&](int block, int first, int end) {
+        alignas(64) float y[FLOAT_ROWS_AT_ONCE][COLUMNS];
+        // Parts of about the same size: one of few rows would leave registers idle.
+        const int parts = (end - first + FLOAT_ROWS_AT_ONCE - 1) / FLOAT_ROWS_AT_ONCE;
+        for (int part = 0, row = first; part < parts; part++) {
+            const int count = (end - row) / (parts - part);
+            const float* from = x.x + row * x.stride;
+            multiply_floats_up_to<FLOAT_ROWS_AT_ONCE>(count, weight.floats(block), from, x.stride, weight.inputs, y);
+            for (int r = 0; r < count; r++) use(row + r, block, y[r]);
+            row += count;
+        }
+    };
+    panels.share(team, multiply_block, done);
 }
 
 // Rows times weights; use(row, block, values[COLUMNS]) takes each row's results of a block of outputs.
 // Then, in the same thread, done(row, n) is called for the n-th `span` blocks.
 template <typename Use, typename Done>
 static void multiply_all(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
-    if (weight.bits == 4) multiply_units<FourBit>(team, weight, x, rows, use, span, done);
+    if (weight.has_floats()) multiply_with_floats(team, weight, x, rows, use, span, done);
+    else if (weight.bits == 4) multiply_units<FourBit>(team, weight, x, rows, use, span, done);
     else multiply_units<EightBit>(team, weight, x, rows, use, span, done);
 }
 

@@ -26,8 +26,13 @@ struct FourBit {
 
 struct Packed {
     int32_t outputs, inputs;
-    int32_t bits;       // 4 or 8
-    const void* units;  // FourBit or EightBit [outputs / COLUMNS][groups], both rounded up
+    int32_t bits;       // 4, 8 or 32
+    const void* units;  // FourBit or EightBit [outputs / COLUMNS][groups], both rounded up; or
+                        // float [outputs / COLUMNS, rounded up][inputs][COLUMNS]
+
+    bool has_floats() const { return bits == 32; }
+
+    const float* floats(int block) const { return static_cast<const float*>(units) + size_t(block) * inputs * COLUMNS; }
 
     template <typename Unit>
     const Unit* block(int index, int groups) const { return static_cast<const Unit*>(units) + size_t(index) * groups; }
@@ -61,8 +66,14 @@ static void unpack_unit_row(const Packed& weight, int output, float* to) {
     for (int group = 0; group < groups; group++) unpack_group(unit[group], output % COLUMNS, to + group * GROUP);
 }
 
-// The weights of one output as floats, with zeros up to the end of the last group.
+static void copy_float_row(const Packed& weight, int output, float* to) {
+    const float* from = weight.floats(output / COLUMNS) + output % COLUMNS;
+    for (int k = 0; k < weight.inputs; k++) to[k] = from[size_t(k) * COLUMNS];
+}
+
+// The weights of one output as floats. What is written behind them, up to the end of the last group, is zeros.
 static void unpack_row(const Packed& weight, int output, float* to) {
-    if (weight.bits == 4) unpack_unit_row<FourBit>(weight, output, to);
+    if (weight.has_floats()) copy_float_row(weight, output, to);
+    else if (weight.bits == 4) unpack_unit_row<FourBit>(weight, output, to);
     else unpack_unit_row<EightBit>(weight, output, to);
 }

@@ -1,5 +1,5 @@
-"""TorchRunner: the ModelRunner that computes a real model, with torch on a CPU or a CUDA device, or
-quantised with the kernels of kernels/cpu.
+"""TorchRunner: the ModelRunner that computes a real model: on a CPU with the kernels of kernels/cpu where
+they can be built, elsewhere with torch.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from services.core.logprobs import PromptLogprobs
 from services.core.sampling import SamplingParams
 from services.engine.device.decoder import Decoder
 from services.engine.device.grammar import Grammars, Guidance
-from services.engine.device.int8_decoder import load_int8_decoder
+from services.engine.device.kernel_decoder import load_float_decoder, load_int8_decoder
 from services.engine.device.logprobs import prompt_logprobs, sampled_logprobs, score
 from services.engine.device.sampler import Choose, sample_tokens
 from services.engine.device.weights import TORCH_PACKING, load_weights
@@ -49,8 +49,8 @@ class TorchRunner:
     """Weights, activations and KV all have the geometry's dtype, unless the weights are quantised; then
     the KV alone has it.
 
-    On a CPU with float32, a row's numbers do not depend on the other rows of its batch; quantised, not
-    on how its prompt was cut into chunks either.
+    On a CPU with float32, a row's numbers do not depend on the other rows of its batch; with the kernels
+    neither on how its prompt was cut into chunks, nor on the threads and the block size.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TorchRunner:
 
         `pool` is memory shared with the I/O process, of geometry.bytes zeros (CPU only); None: the
         runner allocates the pool on its device. `threads` are this process's CPU threads for computing;
-        `cores` are those that quantised steps share with other workers, instead.
+        `cores` are those that the kernels share with other workers, instead.
 
         Raises ModelFileError, or ConfigError if the geometry is not the model's, or the quantisation or
         compiling is not possible here.
@@ -77,11 +77,7 @@ class TorchRunner:
         _check_geometry(files.config, geometry)
         _set_threads(threads)
         self.pool = _pool_tensor(geometry, pool, device)
-        self._decoder = (
-            _torch_decoder(files, self.pool, compiled)
-            if quantization == "none"
-            else load_int8_decoder(files, self.pool, threads, cores)
-        )
+        self._decoder = _decoder(files, self.pool, threads, cores, quantization, compiled)
         self._grammars = Grammars(
             lambda: GrammarVocabulary.of(files.tokenizer(), files.config.vocab_size).load(), threads
         )
@@ -152,6 +148,21 @@ class TorchRunner:
         sampled, logits = self._decoder.compute(rows)
         order = sorted(range(len(sampled)), key=sampled.__getitem__)
         return logits[order]
+
+
+def _decoder(
+    files: ModelFiles,
+    pool: Tensor,
+    threads: int,
+    cores: SharedCores | None,
+    quantization: str,
+    compiled: bool,
+) -> Computation:
+    if quantization != "none":
+        return load_int8_decoder(files, pool, threads, cores)
+    if compiled:
+        return _torch_decoder(files, pool, compiled)
+    return load_float_decoder(files, pool, threads, cores) or _torch_decoder(files, pool, compiled)
 
 
 def _torch_decoder(files: ModelFiles, pool: Tensor, compiled: bool) -> Computation:

@@ -10,7 +10,7 @@ import torch._inductor.config as inductor
 from services.core.errors import ConfigError
 from services.engine.device.torch_runner import TorchRunner
 from services.model.files import open_model
-from tests.unit.engine.device.tiny_models import Driver, open_runner, random_model
+from tests.unit.engine.device.tiny_models import Driver, open_torch, random_model
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def open_compiled(path: Path) -> TorchRunner:
 
 def test_it_is_compiled_once_and_computes_the_same_for_any_batch(tmp_path: Path) -> None:
     random_model("qwen3").save_pretrained(tmp_path)
-    compiled, plain = open_compiled(tmp_path), open_runner(tmp_path)
+    compiled, plain = open_compiled(tmp_path), open_torch(tmp_path)
     torch.compiler.set_stance("fail_on_recompile")
     tokens, chunks = torch.randint(0, 199, (60,)).tolist(), [40, 1, 3, *[1] * 16]
     assert torch.allclose(

@@ -6,16 +6,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.unit.engine.device.tiny_models import CONFIGS, GREEDY, Driver, open_runner, random_model
+from tests.unit.engine.device.tiny_models import CONFIGS, GREEDY, OPENERS, Driver, open_runner, random_model
 
 PROMPT_CHUNKS = [[100], [1] * 20 + [80], [33, 1, 7, 59], [64, 36]]
 
 
+@pytest.mark.parametrize("by", OPENERS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_those_of_transformers_however_the_prompt_is_cut(name: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers_however_the_prompt_is_cut(
+    name: str, by: str, tmp_path: Path
+) -> None:
     model = random_model(name)
     model.save_pretrained(tmp_path)
-    runner = open_runner(tmp_path)
+    runner = OPENERS[by](tmp_path)
     tokens = torch.randint(0, 199, (100,)).tolist()
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
@@ -25,10 +28,11 @@ def test_logits_equal_those_of_transformers_however_the_prompt_is_cut(name: str,
         assert torch.allclose(logits, expected[ends], atol=1e-3)
 
 
+@pytest.mark.parametrize("by", OPENERS)
 def test_default_model_equals_transformers_in_chunks_and_decode(
-    default_model: Path, default_reference: PreTrainedModel
+    by: str, default_model: Path, default_reference: PreTrainedModel
 ) -> None:
-    runner = open_runner(default_model, block_size=16)
+    runner = OPENERS[by](default_model, block_size=16)
     tokens = torch.randint(0, 49152, (75,)).tolist()
     with torch.inference_mode():
         expected = default_reference(torch.tensor([tokens])).logits[0]
@@ -38,10 +42,11 @@ def test_default_model_equals_transformers_in_chunks_and_decode(
     assert torch.allclose(logits, expected[ends], atol=1e-3)
 
 
+@pytest.mark.parametrize("by", OPENERS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
-def test_a_mixed_batch_computes_what_each_row_computes_alone(name: str, tmp_path: Path) -> None:
+def test_a_mixed_batch_computes_what_each_row_computes_alone(name: str, by: str, tmp_path: Path) -> None:
     random_model(name).save_pretrained(tmp_path)
-    together, alone = open_runner(tmp_path), open_runner(tmp_path)
+    together, alone = OPENERS[by](tmp_path), OPENERS[by](tmp_path)
     contexts, queries = [9, 60, 33, 34, 35, 3, 40, 60], [9, 1, 1, 20, 1, 1, 3, 1]
     drivers = [[Driver(runner, range(8 * at, 8 * at + 8)) for at in range(8)] for runner in (together, alone)]
     tokens = [torch.randint(0, 199, (context,)).tolist() for context in contexts]
@@ -57,9 +62,10 @@ def test_a_mixed_batch_computes_what_each_row_computes_alone(name: str, tmp_path
     assert torch.allclose(together.pool, alone.pool, atol=1e-5)
 
 
+@pytest.mark.parametrize("by", OPENERS)
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-def test_on_a_cpu_a_row_is_bitwise_the_same_in_every_batch(default_model: Path) -> None:
-    runner = open_runner(default_model, block_size=16)
+def test_on_a_cpu_a_row_is_bitwise_the_same_in_every_batch(by: str, default_model: Path) -> None:
+    runner = OPENERS[by](default_model, block_size=16)
     drivers = [Driver(runner, range(4 * at, 4 * at + 4)) for at in range(9)]
     contexts = [3, 17, 18, 30, 31, 32, 40, 50, 60]
     tokens = [torch.randint(0, 49152, (context,)).tolist() for context in contexts]

@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
 from services.engine.device.gguf_groups import read_groups
-from services.engine.device.int8_decoder import PACKING
+from services.engine.device.kernel_decoder import GROUP_PACKING
 from services.engine.device.weights import load_weights
 from services.model.files import open_model
 from tests.unit.engine.device.tiny_gguf import quantized_model
@@ -52,7 +52,9 @@ def test_scales_and_minimums_of_q4_k_are_rounded_to_float16() -> None:
 
 
 def test_a_fused_tensor_keeps_its_bits_if_all_parts_have_as_many(tmp_path: Path) -> None:
-    weights = load_weights(open_model(quantized_model(tmp_path)), torch.float32, torch.device("cpu"), PACKING)
+    weights = load_weights(
+        open_model(quantized_model(tmp_path)), torch.float32, torch.device("cpu"), GROUP_PACKING
+    )
     layer = weights.layers[1]
     bits = [each.bits for each in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)]
     assert bits == [8, 8, 4, 8]  # q and k have 4, v has 8

@@ -1,4 +1,4 @@
-"""The decoder with 8-bit weights: near float32, and the same to the last bit however it is used."""
+"""The kernels' decoder: near float32 with 8-bit weights, and the same to the last bit however it is used."""
 
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,14 @@ def kernels() -> Int8Kernels:
         pytest.skip(str(error))
 
 
-def open_int8(path: Path, threads: int = 1, block_size: int = BLOCK_SIZE, kv: str = "int8") -> TorchRunner:
+def open_kernels(path: Path, threads: int, block_size: int, kv: str, quantization: str) -> TorchRunner:
     files = open_model(path)
     geometry = files.config.pool_geometry(BLOCKS * BLOCK_SIZE // block_size, block_size, kv)
-    return TorchRunner(files, geometry, None, threads=threads, quantization="int8")
+    return TorchRunner(files, geometry, None, threads=threads, quantization=quantization)
+
+
+def open_int8(path: Path, threads: int = 1, block_size: int = BLOCK_SIZE, kv: str = "int8") -> TorchRunner:
+    return open_kernels(path, threads, block_size, kv, "int8")
 
 
 def relative_error(near: torch.Tensor, exact: torch.Tensor) -> float:
@@ -121,33 +125,38 @@ def test_the_default_model_is_near_float32_and_agrees_on_the_next_token(default_
 class Sequences:
     """What each of some sequences gives, token by token, when it is computed alone."""
 
-    def __init__(self, path: Path, kv: str) -> None:
-        self.path, self.kv = path, kv
+    def __init__(self, path: Path, kv: str, quantization: str) -> None:
+        self.path, self.kv, self.quantization = path, kv, quantization
         self.tokens = [torch.randint(0, 199, (length,)).tolist() for length in (70, 9, 33, 1)]
         self.alone = []
         for tokens in self.tokens:
-            self.alone.append(Driver(open_int8(path, kv=kv)).logits(tokens, [1] * len(tokens)))
+            self.alone.append(Driver(self.open(1, BLOCK_SIZE)).logits(tokens, [1] * len(tokens)))
+
+    def open(self, threads: int, block_size: int) -> TorchRunner:
+        return open_kernels(self.path, threads, block_size, self.kv, self.quantization)
 
 
-KINDS = [
-    ("llama", "float32"),
-    ("llama", "int8"),
-    ("gguf", "int8"),
-    ("mistral", "int8"),
-    ("qwen2", "int8"),
-    ("qwen3", "int8"),
+KINDS = [  # model, type of KV, quantisation of the weights
+    ("llama", "float32", "int8"),
+    ("llama", "int8", "int8"),
+    ("gguf", "int8", "int8"),
+    ("mistral", "int8", "int8"),
+    ("qwen2", "int8", "int8"),
+    ("qwen3", "int8", "int8"),
+    ("mistral", "float32", "none"),
+    ("qwen3", "float32", "none"),
 ]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def sequences(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sequences:
-    name, kv = request.param
+    name, kv, quantization = request.param
     path = tmp_path_factory.mktemp(name)
     torch.manual_seed(0)
     if name == "gguf":
-        return Sequences(quantized_model(path), kv)
+        return Sequences(quantized_model(path), kv, quantization)
     random_model(name).save_pretrained(path)
-    return Sequences(path, kv)
+    return Sequences(path, kv, quantization)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -157,7 +166,7 @@ def test_a_sequence_has_the_same_bits_in_every_batch_chunk_thread_and_block_size
 ) -> None:
     """Random steps: each computes a random piece of some of the sequences, in a random order."""
     block_size = data.draw(st.sampled_from([4, 8, 16]))
-    runner = open_int8(sequences.path, data.draw(st.sampled_from([1, 2, 5])), block_size, sequences.kv)
+    runner = sequences.open(data.draw(st.sampled_from([1, 2, 5])), block_size)
     blocks = 80 // block_size
     drivers = [Driver(runner, range(at * blocks, (at + 1) * blocks)) for at in range(len(sequences.tokens))]
     done = [0] * len(drivers)

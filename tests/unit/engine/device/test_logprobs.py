@@ -15,10 +15,14 @@ from services.engine.device.logprobs import score
 from services.engine.device.torch_runner import TorchRunner
 from services.engine.runner import Row, Sample, Targets
 from tests.unit.engine.device.test_int8_decoder import open_int8
-from tests.unit.engine.device.tiny_models import Driver, open_runner, random_model
+from tests.unit.engine.device.tiny_models import Driver, open_runner, open_torch, random_model
 
 TOP = 4
-OPENERS: dict[str, Callable[[Path], TorchRunner]] = {"none": open_runner, "int8": open_int8}
+OPENERS: dict[str, Callable[[Path], TorchRunner]] = {
+    "none": open_runner,
+    "torch": open_torch,
+    "int8": open_int8,
+}
 
 
 def expected(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
@@ -63,7 +67,7 @@ class Prompt:
     """One prompt, with its logprobs computed at once."""
 
     def __init__(self, path: Path, quantization: str) -> None:
-        self.exact = quantization == "int8"
+        self.exact = quantization != "torch"
         self.runner = OPENERS[quantization](path)
         self.tokens = torch.randint(0, 199, (60,)).tolist()
         self.whole = scored(self.runner, self.tokens, [60], range(8))

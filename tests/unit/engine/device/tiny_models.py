@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import LlamaConfig
@@ -66,6 +67,18 @@ def randomized(config: Any) -> PreTrainedModel:
 def open_runner(path: Path, blocks: int = 64, block_size: int = 8, dtype: str = "float32") -> TorchRunner:
     files = open_model(path)
     return TorchRunner(files, files.config.pool_geometry(blocks, block_size, dtype), None, threads=1)
+
+
+def open_torch(path: Path, blocks: int = 64, block_size: int = 8) -> TorchRunner:
+    """What `open_runner` opens where there is no compiler: torch computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIPTYCH_HOME", str(path))  # no kernels are here
+        patch.setenv("CXX", "no-such-compiler")
+        return open_runner(path, blocks, block_size)
+
+
+# What computes in float32.
+OPENERS = {"kernels": open_runner, "torch": open_torch}
 
 
 class Driver:

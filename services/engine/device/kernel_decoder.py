@@ -1,16 +1,18 @@
-"""The decoder with weights of 4 or 8 bits: loading it, and the engine's rows as the kernels take them."""
+"""The decoder of kernels/cpu, with weights of 4 or 8 bits or in float32: loading it, and the engine's rows as
+the kernels take them.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.build import KernelsUnavailable, processor_level
 from kernels.cpu.core_slots import CoreSlots
 from kernels.cpu.int8 import Int8Decoder, Int8Kernels, Int8Model
-from kernels.cpu.packed_weight import PackedWeight, pack, pack_gate_up
+from kernels.cpu.packed_weight import PackedWeight, pack, pack_float_gate_up, pack_floats, pack_gate_up
 from kernels.ops import AttentionRow
 from services.core.errors import ConfigError
 from services.engine.device.decoder import rope_frequencies
@@ -23,7 +25,7 @@ from services.model.files import ModelFiles
 from services.model.home import diptych_home
 
 
-class QuantizedDecoder:
+class KernelDecoder:
     def __init__(self, decoder: Int8Decoder, choose: Choose) -> None:
         self._decoder = decoder
         self.choose = choose
@@ -42,18 +44,11 @@ class QuantizedDecoder:
         return self._decoder.logits_at(range(first + places.start, first + places.stop))
 
 
-def _kernels(threads: int, shared: SharedCores | None) -> Int8Kernels:
-    folder = diptych_home() / "kernels"
-    if shared is None:
-        return Int8Kernels(folder, threads)
-    return Int8Kernels(folder, shared.cores, slots=CoreSlots(Path(shared.file), shared.slot))
-
-
 def load_int8_decoder(
     files: ModelFiles, pool: Tensor, threads: int, shared: SharedCores | None
-) -> QuantizedDecoder:
+) -> KernelDecoder:
     """Raises ModelFileError, or ConfigError if the kernels cannot be built or cannot use this pool."""
-    if pool.device.type != "cpu" or pool.dtype not in (torch.float32, torch.int8):
+    if not _is_for_kernels(pool, torch.float32, torch.int8):
         raise ConfigError(
             "--quantization int8 computes on a CPU, with KV of float32 or int8: leave --device and --dtype "
             "as they are"
@@ -64,9 +59,43 @@ def load_int8_decoder(
         raise ConfigError(
             f"--quantization int8 needs its kernels: {error}; or use --quantization none"
         ) from None
+    return _load(files, pool, kernels, GROUP_PACKING)
+
+
+def load_float_decoder(
+    files: ModelFiles, pool: Tensor, threads: int, shared: SharedCores | None
+) -> KernelDecoder | None:
+    """None where torch is to compute: on other devices and in other types than the kernels', where they
+    cannot be built, and on processors for which they have nothing better. Raises ModelFileError.
+    """
+    if not _is_for_kernels(pool, torch.float32) or processor_level() == "plain":
+        return None
+    try:
+        kernels = _kernels(threads, shared)
+    except KernelsUnavailable:
+        return None
+    return _load(files, pool, kernels, FLOAT_PACKING)
+
+
+def _is_for_kernels(pool: Tensor, *dtypes: torch.dtype) -> bool:
+    return pool.device.type == "cpu" and pool.dtype in dtypes
+
+
+def _kernels(threads: int, shared: SharedCores | None) -> Int8Kernels:
+    folder = diptych_home() / "kernels"
+    if shared is None:
+        return Int8Kernels(folder, threads)
+    try:
+        slots = CoreSlots(Path(shared.file), shared.slot)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--core-slots: {error}; leave it out, `diptych up` makes it") from None
-    weights = load_weights(files, torch.float32, pool.device, PACKING)
+    return Int8Kernels(folder, shared.cores, slots=slots)
+
+
+def _load(
+    files: ModelFiles, pool: Tensor, kernels: Int8Kernels, packing: Packing[PackedWeight, PackedWeight]
+) -> KernelDecoder:
+    weights = load_weights(files, torch.float32, pool.device, packing)
     config = files.config
     model = Int8Model(
         heads=config.heads,
@@ -81,20 +110,22 @@ def load_int8_decoder(
         final_norm=weights.final_norm,
         unembedding=weights.unembedding,
     )
-    return QuantizedDecoder(Int8Decoder(kernels, model, pool), choose_with_kernels(kernels))
+    return KernelDecoder(Int8Decoder(kernels, model, pool), choose_with_kernels(kernels))
 
 
-def _pack(matrix: FusedTensor) -> PackedWeight:
-    return pack(matrix.groups())
+def _packing(
+    projection: Callable[[FusedTensor], PackedWeight], gate_up: Callable[[FusedTensor], PackedWeight]
+) -> Packing[PackedWeight, PackedWeight]:
+    """A table that is embedding and unembedding is in memory once."""
+
+    def tied(matrix: FusedTensor) -> tuple[PackedWeight, PackedWeight]:
+        packed = projection(matrix)
+        return packed, packed
+
+    return Packing(projection, gate_up, projection, tied)
 
 
-def _pack_tied(matrix: FusedTensor) -> tuple[PackedWeight, PackedWeight]:
-    packed = _pack(matrix)
-    return packed, packed
-
-
-def _pack_gate_up(matrix: FusedTensor) -> PackedWeight:
-    return pack_gate_up(matrix.groups())
-
-
-PACKING = Packing(_pack, _pack_gate_up, _pack, _pack_tied)
+GROUP_PACKING = _packing(lambda matrix: pack(matrix.groups()), lambda matrix: pack_gate_up(matrix.groups()))
+FLOAT_PACKING = _packing(
+    lambda matrix: pack_floats(matrix.floats()), lambda matrix: pack_float_gate_up(matrix.floats())
+)
