@@ -89,18 +89,24 @@ static void fetch(const Pool& pool, const Sequence& sequence, const TilePlace& f
 template <typename Tile>
 class Attending {
    public:
-    Attending(const Attention& attention, const Sequence* sequences, const AttentionItem& item, AttentionRows& rows, Tile& tile)
-        : a_(attention), sequence_(sequences[item.sequence]), item_(item), s_(rows), tile_(tile),
-          shared_(attention.heads / attention.pool.kv_heads), rows_(item.queries * shared_),
+    // `following`: what this thread will probably compute next, or null.
+    Attending(const Attention& attention, const Sequence* sequences, const AttentionItem& item,
+              const AttentionItem* following, AttentionRows& rows, Tile& tile)
+        : a_(attention), sequences_(sequences), sequence_(sequences[item.sequence]), item_(item), following_(following),
+          s_(rows), tile_(tile), shared_(attention.heads / attention.pool.kv_heads), rows_(item.queries * shared_),
           first_(sequence_.start + item.from), last_(first_ + item.queries - 1) {}
 
     void run() {
         s_.begin(all_rows());
+        fetch(a_.pool, sequence_, first_tile(), item_.kv_heads_end);
         for (int row = 0; row < all_rows(); row++) tile_.take_query(row, a_.q + place(row, a_.q_stride));
-        for (int base = seen_from(first_) / TILE * TILE; base <= last_; base += TILE) {
-            TilePlace at{a_.layer, item_.kv_head, base, std::max(seen_from(first_) - base, 0), std::min(last_ + 1 - base, TILE)};
-            fetch(a_.pool, sequence_, at, item_.kv_heads_end);
-            for (; at.kv_head < item_.kv_heads_end; at.kv_head++) see(at);
+        for (TilePlace at = first_tile(); at.begin < at.end; at = tile_at(at.base + TILE)) {
+            if (!tile_.fetches_ahead(rows_)) fetch(a_.pool, sequence_, tile_at(at.base + TILE), item_.kv_heads_end);
+            for (TilePlace head = at; head.kv_head < item_.kv_heads_end; head.kv_head++) {
+                tile_.read(sequence_, head, rows_);
+                if (tile_.fetches_ahead(rows_)) fetch_ahead(head);
+                see(head);
+            }
         }
         finish();
     }
@@ -108,6 +114,26 @@ class Attending {
    private:
     // The first position that a query sees.
     int seen_from(int position) const { return a_.window == 0 ? 0 : std::max(0, position + 1 - a_.window); }
+
+    // What the next tile of a kv head reads; behind the last one it is the following item's first.
+    void fetch_ahead(const TilePlace& at) {
+        TilePlace next = tile_at(at.base + TILE);
+        const Sequence* sequence = &sequence_;
+        if (next.begin >= next.end && following_) {
+            const Attending following(a_, sequences_, *following_, nullptr, s_, tile_);
+            next = following.first_tile();
+            sequence = &following.sequence_;
+        }
+        next.kv_head = at.kv_head;
+        tile_.fetch_ahead(*sequence, next);
+    }
+
+    TilePlace first_tile() const { return tile_at(seen_from(first_) / TILE * TILE); }
+
+    // For the first kv head; without tokens behind the last position.
+    TilePlace tile_at(int base) const {
+        return {a_.layer, item_.kv_head, base, std::max(seen_from(first_) - base, 0), std::min(last_ + 1 - base, TILE)};
+    }
 
     // Where the query of a row lies in the batch's tokens, or its result.
     size_t place(int row, size_t stride) const {
@@ -120,7 +146,6 @@ class Attending {
 
     // All rows of a kv head see a tile.
     void see(const TilePlace& at) {
-        tile_.read(sequence_, at, rows_);
         const int head_rows = (at.kv_head - item_.kv_head) * rows_;
         for (int row = 0; row < rows_; row += 4) {
             const int count = std::min(4, rows_ - row);
@@ -152,8 +177,10 @@ class Attending {
     }
 
     const Attention& a_;
+    const Sequence* sequences_;
     const Sequence& sequence_;
     const AttentionItem& item_;
+    const AttentionItem* following_;
     AttentionRows& s_;
     Tile& tile_;
     const int shared_, rows_;  // heads per kv head; rows of one kv head
@@ -171,9 +198,10 @@ class AttentionScratch {
         else float_.emplace(rows, pool);
     }
 
-    void attend(const Attention& attention, const Sequence* sequences, const AttentionItem& item) {
-        if (int8_) Attending<Int8Tile>(attention, sequences, item, *rows_, *int8_).run();
-        else Attending<FloatTile>(attention, sequences, item, *rows_, *float_).run();
+    void attend(const Attention& attention, const Sequence* sequences, const std::vector<AttentionItem>& items, int index) {
+        const AttentionItem* following = index + 1 < int(items.size()) ? &items[index + 1] : nullptr;
+        if (int8_) Attending<Int8Tile>(attention, sequences, items[index], following, *rows_, *int8_).run();
+        else Attending<FloatTile>(attention, sequences, items[index], following, *rows_, *float_).run();
     }
 
    private:

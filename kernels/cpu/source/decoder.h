@@ -142,7 +142,7 @@ class Decoder {
             const int first = batch.sequence[item.sequence].first + item.from;
             for (int token = first; !placed_ahead_ && token < first + item.queries; token++)
                 place(batch, index, layer, token, item.kv_head, item.kv_heads_end);
-            scratch_[thread]->attend(attention, batch.sequence, item);
+            scratch_[thread]->attend(attention, batch.sequence, items_, at);
             for (int token = first; whole_groups() && token < first + item.queries; token++)
                 quantize_groups(attended_rows(layer), token, groups_before(item.kv_head), groups_before(item.kv_heads_end));
         });

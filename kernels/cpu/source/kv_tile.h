@@ -16,6 +16,7 @@
 
 constexpr int TILE = 64;                      // tokens
 constexpr int AT_ONCE = WIDTH == 16 ? 4 : 2;  // registers of tokens, or of a head's width
+constexpr int FEW_ROWS = 4;                   // that see a tile all together
 
 // A sequence's query tokens: positions [start, start + queries), from the batch's token `first` on.
 struct Sequence {
@@ -104,6 +105,10 @@ class FloatTile {
         for (; token + (AT_ONCE - 1) * WIDTH < end; token += AT_ONCE * WIDTH) score<R, AT_ONCE>(q, token, scores);
         for (; token < end; token += WIDTH) score<R, 1>(q, token, scores);
     }
+
+    // Nothing is fetched while this tile computes.
+    bool fetches_ahead(int /*rows*/) const { return false; }
+    void fetch_ahead(const Sequence& /*sequence*/, const TilePlace& /*place*/) {}
 
     // Weights of tokens are those of values.
     Floats value_weights(int /*token*/, Floats weights) const { return weights; }
@@ -242,7 +247,7 @@ class Int8Tile {
             if (in_place) point_to_keys(codes, token, tokens);
             else copy_keys(codes, token, tokens);
         });
-        as_floats_ = rows > 4 || pool_.dim != width;
+        as_floats_ = rows > FEW_ROWS || pool_.dim != width;
         if (as_floats_) values_to_floats(place.begin, place.end);
     }
 
@@ -251,6 +256,25 @@ class Int8Tile {
         int token = begin / WIDTH * WIDTH;
         for (; token + (AT_ONCE - 1) * WIDTH < end; token += AT_ONCE * WIDTH) score<R, AT_ONCE>(row, token, scores);
         for (; token < end; token += WIDTH) score<R, 1>(row, token, scores);
+    }
+
+    // If few rows see a tile, reading it takes as long as computing with it: then the processor fetches the
+    // next one bit by bit meanwhile. (Asked for many lines at once, it waits until most of them are there.)
+    bool fetches_ahead(int rows) const { return rows <= FEW_ROWS && pool_.dim == width && pool_.block_size <= TILE; }
+
+    // What `add_values` shall fetch: whole rows, though the tile may begin or end within one.
+    void fetch_ahead(const Sequence& sequence, const TilePlace& place) {
+        const size_t row_bytes = pool_.row_bytes();
+        int lines = 0;
+        for_each_block(pool_, sequence, place, [&](int block, int, int, int) {
+            for (int part : {KEYS, VALUES}) {
+                const uint8_t* row = pool_.row(block, place.layer, part, place.kv_head);
+                for (size_t line = 0; line < row_bytes; line += 64)
+                    if (lines < AHEAD) ahead_[lines++] = row + line;
+                    else __builtin_prefetch(row + line);
+            }
+        });
+        std::fill(ahead_ + lines, ahead_ + AHEAD, reinterpret_cast<const uint8_t*>(v_scale_));
     }
 
     Floats value_weights(int token, Floats weights) const { return weights * load(v_scale_ + token); }
@@ -262,8 +286,12 @@ class Int8Tile {
                 return load(v_.data() + size_t(token) * width + at);
             });
         else
-            add_all_values<R>(weights, begin, end, out, width, [&](int token, int at) {
-                return floats_of(v_rows_[token] + at);
+            add_all_values<R>(weights, begin, end, out, width, [rows = v_rows_, ahead = ahead_](int token, int at) {
+                if (at == 0) {
+                    __builtin_prefetch(ahead[2 * token]);
+                    __builtin_prefetch(ahead[2 * token + 1]);
+                }
+                return floats_of(rows[token] + at);
             });
     }
 
@@ -318,6 +346,8 @@ class Int8Tile {
     std::vector<int32_t> q_begin_; // [rows], where their sums begin
     std::vector<int8_t> k_;        // keys that do not lie in whole registers: [fours][TILE][4]
     std::vector<float> v_;         // values that many rows see: [TILE][width]
+    static constexpr int AHEAD = 2 * TILE;
+    const uint8_t* ahead_[AHEAD] = {};  // lines to fetch, two for each token
     bool as_floats_ = false;
     size_t k_step_ = 0;            // from four dimensions to the next
     const int8_t* k_at_[TILE / WIDTH] = {};
