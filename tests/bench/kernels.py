@@ -1,13 +1,13 @@
 """The C++ kernels with weights of 4 and 8 bits beside torch in float32, on the shapes of the default model.
 
-    python -m tests.bench.kernels [--part linear|attention|sampling|steps|compile|logprobs|quality]
+    python -m tests.bench.kernels [--part linear|attention|sampling|steps|float32|logprobs|quality]
                                   [--threads N] [--rounds N] [--level avx512_vnni|avx_vnni|avx2|plain]
 
 Both sides of a line run by turns, and the line shows the best time of each: other work on the machine only
 ever adds time. Rates count the same operations for both (2 per weight and row; 4 per query, key and
-dimension). `logprobs` has one step without and with them, `compile` torch's steps with `--compile` and
-without. `quality` runs both models over English text that Python ships (the topics of `help()`) and
-compares their distributions of each next token. `--level` is for linear, attention and sampling.
+dimension). `logprobs` has one step without and with them, `float32` a step by the kernels, by torch, and by
+torch with `--compile`. `quality` runs both models over English text that Python ships (topics of `help()`)
+and compares their distributions of each next token. `--level` is for linear, attention and sampling.
 """
 
 import argparse
@@ -30,8 +30,12 @@ from kernels.cpu.int8 import Int8Kernels
 from kernels.cpu.packed_weight import GROUP, Groups, PackedWeight, pack
 from services.core.sampling import SamplingParams
 from services.engine.device.batch import TOKENS_PER_GROUP_CPU
+from services.engine.device.compiled_decoder import CompiledDecoder
+from services.engine.device.decoder import Decoder
+from services.engine.device.kernel_decoder import load_float_decoder
 from services.engine.device.sampler import choose_with_kernels, choose_with_torch
-from services.engine.device.torch_runner import TorchRunner
+from services.engine.device.torch_runner import Computation, TorchRunner
+from services.engine.device.weights import TORCH_PACKING, load_weights
 from services.engine.runner import Row, Sample, Targets
 from services.model.config import ModelConfig
 from services.model.files import ModelFiles, open_model
@@ -196,16 +200,39 @@ class Bench:
             times = f"{fast * 1e3:7.1f} ms{middle * 1e3:9.1f} ms{slow * 1e3:7.1f} ms"
             print(f"{name:29s}{times}{slow / fast:6.2f}x{slow / middle:6.2f}x")
 
-    def compiled(self) -> None:
-        started_s = time.perf_counter()
-        plain = self._runner("none")
-        loaded_s = time.perf_counter()
-        compiled = self._runner("none", compiled=True)
-        print(f"\nstart: {loaded_s - started_s:.1f} s, with --compile {time.perf_counter() - loaded_s:.1f} s")
-        print(f"\n{f'step, {CONTEXT} tokens of context':29s}{'--compile':>10s}{'without':>10s}{'ratio':>8s}")
+    @torch.inference_mode()
+    def floats(self) -> None:
+        sides: list[Computation] = []
+        starts = ""
+        for name, load in self._float_decoders().items():
+            started_s = time.perf_counter()
+            sides.append(load())
+            starts += f"  {name} {time.perf_counter() - started_s:.1f} s"
+        title = f"float32 step, {CONTEXT} tokens"
+        print(f"\nstart:{starts}\n{title:29s}{'kernels':>10s}{'torch':>10s}{'--compile':>10s}{'ratios':>10s}")
         for name, rows in _steps().items():
-            fast, slow = best_times([partial(compiled.run, rows), partial(plain.run, rows)], self._rounds)
-            print(f"{name:29s}{fast * 1e3:7.1f} ms{slow * 1e3:7.1f} ms{slow / fast:7.2f}x")
+            times = best_times([partial(side.compute, rows) for side in sides], self._rounds)
+            ratios = "".join(f"{other / times[0]:6.2f}x" for other in times[1:])
+            print(f"{name:29s}" + "".join(f"{each * 1e3:7.1f} ms" for each in times) + ratios)
+
+    def _float_decoders(self) -> dict[str, Callable[[], Computation]]:
+        """The kernels, torch, and torch with --compile, over one pool."""
+        files = self._files
+        pool = torch.zeros(files.config.pool_geometry(BLOCKS, BLOCK_SIZE).shape)
+
+        def kernels() -> Computation:
+            decoder = load_float_decoder(files, pool, self._threads, None)
+            assert decoder is not None, "this processor has kernels"
+            return decoder
+
+        def by_torch(kind: type[Decoder]) -> Computation:
+            return kind(files.config, load_weights(files, pool.dtype, pool.device, TORCH_PACKING), pool)
+
+        return {
+            "kernels": kernels,
+            "torch": lambda: by_torch(Decoder),
+            "--compile": lambda: by_torch(CompiledDecoder),
+        }
 
     def logprobs(self) -> None:
         scored = Sample(SamplingParams(max_tokens=1, temperature=0, top_logprobs=5), [], [])
@@ -252,14 +279,13 @@ class Bench:
                 f"{result.divergence:.5f} nats, the same greedy token {result.agreement:.1%}"
             )
 
-    def _runner(self, quantization: str, kv: str = "float32", compiled: bool = False) -> TorchRunner:
+    def _runner(self, quantization: str, kv: str = "float32") -> TorchRunner:
         return TorchRunner(
             self._files,
             self._files.config.pool_geometry(BLOCKS, BLOCK_SIZE, kv),
             None,
             threads=self._threads,
             quantization=quantization,
-            compiled=compiled,
         )
 
 
@@ -335,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["linear", "attention", "sampling", "steps", "compile", "logprobs", "quality"]
+    names = ["linear", "attention", "sampling", "steps", "float32", "logprobs", "quality"]
     parser.add_argument("--part", choices=names)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -350,7 +376,7 @@ def main() -> None:
         "attention": bench.attention,
         "sampling": bench.sampling,
         "steps": bench.steps,
-        "compile": bench.compiled,
+        "float32": bench.floats,
         "logprobs": bench.logprobs,
         "quality": lambda: bench.quality(arguments.pieces),
     }
