@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import ops
 from kernels.cpu.build import LEVELS, processor_level
-from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.kernels import CpuKernels
 from kernels.cpu.packed_weight import GROUP, Groups, PackedWeight, pack
 from services.core.sampling import SamplingParams
 from services.engine.device.batch import TOKENS_PER_GROUP_CPU
@@ -103,7 +103,7 @@ class Bench:
         self._threads = threads
         self._rounds = rounds
         self._files = open_model(ensure_default_model())
-        self._kernels = Int8Kernels(diptych_home() / "kernels", threads, level)
+        self._kernels = CpuKernels(diptych_home() / "kernels", threads, level)
 
     def linear(self) -> None:
         print(f"\n{'projection':24s}{'rows':>5s}{'4 bits':>12s}{'8 bits':>26s}{'float32':>26s}{'ratios':>9s}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.cpu.build import LEVELS, KernelsUnavailable, processor_features, processor_level
-from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.kernels import CpuKernels
 from services.model.home import diptych_home
 
 
@@ -14,30 +14,30 @@ def _seeded() -> None:
     torch.set_num_threads(1)
 
 
-def _kernels(threads: int, level: str) -> Int8Kernels:
+def _kernels(threads: int, level: str) -> CpuKernels:
     try:
-        return Int8Kernels(diptych_home() / "kernels", threads, level)
+        return CpuKernels(diptych_home() / "kernels", threads, level)
     except KernelsUnavailable as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
-def kernels() -> Int8Kernels:
+def kernels() -> CpuKernels:
     return _kernels(1, processor_level())
 
 
 @pytest.fixture(scope="session")
-def two_threads() -> Int8Kernels:
+def two_threads() -> CpuKernels:
     return _kernels(2, processor_level())
 
 
 @pytest.fixture(scope="session")
-def plain() -> Int8Kernels:
+def plain() -> CpuKernels:
     return _kernels(1, "plain")
 
 
 @pytest.fixture(scope="session", params=LEVELS)
-def every_kernels(request: pytest.FixtureRequest) -> Int8Kernels:
+def every_kernels(request: pytest.FixtureRequest) -> CpuKernels:
     """Each level that this processor can run."""
     if not LEVELS[request.param][0] <= processor_features():
         pytest.skip(f"this processor has no {request.param}")

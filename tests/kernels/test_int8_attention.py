@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.int8 import Int8Kernels, kv_token_bytes
+from kernels.cpu.kernels import CpuKernels, kv_token_bytes
 from kernels.ops import AttentionRow, rms_norm, swiglu
 from tests.kernels.test_paged_attention import LAYER, LAYERS, Scene, plain_attention
 
@@ -17,7 +17,7 @@ SHAPES = [(4, 4, 8, 16), (6, 2, 10, 4), (9, 3, 64, 16), (9, 3, 64, 8), (8, 2, 96
 class FloatScene(Scene):
     """Keys and values of float32, as the torch path has them; `seen` is what attention computes with."""
 
-    def __init__(self, kernels: Int8Kernels, *shape: int, contexts: list[int], fill: float = 0.0) -> None:
+    def __init__(self, kernels: CpuKernels, *shape: int, contexts: list[int], fill: float = 0.0) -> None:
         super().__init__(contexts, *shape, fill=fill)
         self.seen = list(zip(self.keys, self.values, strict=True))
 
@@ -28,7 +28,7 @@ class FloatScene(Scene):
 class Int8Scene(FloatScene):
     """The same keys and values in 8 bits."""
 
-    def __init__(self, kernels: Int8Kernels, *shape: int, contexts: list[int], fill: float = 0.0) -> None:
+    def __init__(self, kernels: CpuKernels, *shape: int, contexts: list[int], fill: float = 0.0) -> None:
         super().__init__(kernels, *shape, contexts=contexts)
         kv_heads, dim, block_size = shape
         shape = (len(self.pool), LAYERS, 2, kv_heads, block_size, kv_token_bytes(dim))
@@ -104,7 +104,7 @@ SCENES = [FloatScene, Int8Scene]
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("scene_of", SCENES)
 def test_a_mixed_batch_equals_plain_attention(
-    every_kernels: Int8Kernels,
+    every_kernels: CpuKernels,
     scene_of: type[FloatScene],
     heads: int,
     kv_heads: int,
@@ -126,7 +126,7 @@ def test_a_mixed_batch_equals_plain_attention(
 
 
 @pytest.mark.parametrize("scene_of", SCENES)
-def test_a_long_context_equals_plain_attention(kernels: Int8Kernels, scene_of: type[FloatScene]) -> None:
+def test_a_long_context_equals_plain_attention(kernels: CpuKernels, scene_of: type[FloatScene]) -> None:
     scene = scene_of(kernels, 1, 64, 16, contexts=[3000])
     q = random_queries(2, 2, 64) * 3
     out = kernels.paged_attention(q, scene.pool, LAYER, [scene.row(0, 2)], None)
@@ -137,7 +137,7 @@ def test_a_long_context_equals_plain_attention(kernels: Int8Kernels, scene_of: t
 @pytest.mark.parametrize("scene_of", SCENES)
 @pytest.mark.parametrize("window", [None, 24, 90])
 def test_queries_are_bitwise_the_same_in_any_batch_chunk_and_number_of_threads(
-    kernels: Int8Kernels, two_threads: Int8Kernels, window: int | None, scene_of: type[FloatScene]
+    kernels: CpuKernels, two_threads: CpuKernels, window: int | None, scene_of: type[FloatScene]
 ) -> None:
     contexts = [5, 100, 64, 128, 129, 260, 31]
     scene = scene_of(kernels, 3, 64, 16, contexts=contexts)
@@ -157,7 +157,7 @@ def test_queries_are_bitwise_the_same_in_any_batch_chunk_and_number_of_threads(
 
 
 @pytest.mark.parametrize("scene_of", SCENES)
-def test_the_block_size_changes_no_bit(kernels: Int8Kernels, scene_of: type[FloatScene]) -> None:
+def test_the_block_size_changes_no_bit(kernels: CpuKernels, scene_of: type[FloatScene]) -> None:
     outputs = []
     for block_size in (1, 8, 16, 48):
         torch.manual_seed(5)
@@ -170,7 +170,7 @@ def test_the_block_size_changes_no_bit(kernels: Int8Kernels, scene_of: type[Floa
 
 @pytest.mark.parametrize("scene_of", SCENES)
 def test_what_stale_blocks_hold_beyond_the_context_has_no_effect(
-    kernels: Int8Kernels, scene_of: type[FloatScene]
+    kernels: CpuKernels, scene_of: type[FloatScene]
 ) -> None:
     outputs = []
     for fill in (0.0, 1e30):
@@ -183,7 +183,7 @@ def test_what_stale_blocks_hold_beyond_the_context_has_no_effect(
 
 @pytest.mark.parametrize("dim", [6, 8, 64, 96])
 def test_8_bits_are_near_what_is_written_even_with_one_large_dimension(
-    every_kernels: Int8Kernels, dim: int
+    every_kernels: CpuKernels, dim: int
 ) -> None:
     scene = Int8Scene(every_kernels, 2, dim, 16, contexts=[40])
     for seen, written in zip(scene.seen[0], (scene.keys[0], scene.values[0]), strict=True):
@@ -199,7 +199,7 @@ def test_8_bits_are_near_what_is_written_even_with_one_large_dimension(
     assert error <= largest / 127 / 3 / math.sqrt(spread_size(spreading(dim))) * 1.5
 
 
-def test_8_bits_of_what_is_not_finite_are_finite(every_kernels: Int8Kernels) -> None:
+def test_8_bits_of_what_is_not_finite_are_finite(every_kernels: CpuKernels) -> None:
     scene = Int8Scene(every_kernels, 1, 8, 16, contexts=[5])
     broken = torch.tensor([[[math.nan, math.inf, -math.inf, 1.0, 3e38, 3e38, 3e38, 3e38]]])
     for part in (broken, broken * 0 + 3e38, broken * math.nan, broken * 0 + 1e-40):
@@ -211,7 +211,7 @@ def test_8_bits_of_what_is_not_finite_are_finite(every_kernels: Int8Kernels) -> 
         assert out.isfinite().all()
 
 
-def test_norm_and_gate_equal_the_reference(every_kernels: Int8Kernels) -> None:
+def test_norm_and_gate_equal_the_reference(every_kernels: CpuKernels) -> None:
     x, weight = torch.randn(7, 100) * 30, torch.randn(100)
     assert torch.allclose(every_kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), rtol=1e-5)
     gate, up = torch.randn(500, 16) * 20, torch.randn(500, 16)

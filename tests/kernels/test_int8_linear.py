@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.kernels import CpuKernels
 from kernels.cpu.packed_weight import GROUP, Groups, pack, pack_gate_up
 
 # (outputs, inputs): multiples of the kernels' blocks and groups, less, and more.
@@ -55,7 +55,7 @@ def test_weights_too_small_or_too_large_for_float16_scales_are_zeros_or_not_fini
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 64])
 @pytest.mark.parametrize(("bits", "outputs", "inputs"), BITS_AND_SHAPES)
 def test_a_projection_is_exact_but_for_the_rounding_of_its_sums(
-    every_kernels: Int8Kernels, bits: int, outputs: int, inputs: int, rows: int
+    every_kernels: CpuKernels, bits: int, outputs: int, inputs: int, rows: int
 ) -> None:
     weight = random_groups(bits, outputs, inputs)
     x = torch.randn(rows, inputs) * 3
@@ -68,7 +68,7 @@ def test_a_projection_is_exact_but_for_the_rounding_of_its_sums(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows_of_any_size_are_bitwise_the_same_alone_and_together(
-    kernels: Int8Kernels, two_threads: Int8Kernels, bits: int
+    kernels: CpuKernels, two_threads: CpuKernels, bits: int
 ) -> None:
     weight = pack(random_groups(bits, 200, 320))
     x = torch.randn(1300, 320) * torch.logspace(-20, 15, 1300).unsqueeze(1)
@@ -80,14 +80,14 @@ def test_rows_of_any_size_are_bitwise_the_same_alone_and_together(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_level_gives_the_same_bits(every_kernels: Int8Kernels, plain: Int8Kernels, bits: int) -> None:
+def test_every_level_gives_the_same_bits(every_kernels: CpuKernels, plain: CpuKernels, bits: int) -> None:
     weight = pack(random_groups(bits, 96, 576))
     x = torch.randn(9, 576)
     assert torch.equal(every_kernels.linear(x, weight), plain.linear(x, weight))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_sums_of_the_largest_numbers_are_exact(every_kernels: Int8Kernels, bits: int) -> None:
+def test_sums_of_the_largest_numbers_are_exact(every_kernels: CpuKernels, bits: int) -> None:
     """Every weight and activation at an end of its range: no sum on the way may overflow."""
     ends = (0, 15) if bits == 4 else (-128, 127)
     values = torch.tensor(ends)[torch.randint(0, 2, (64, 64))].to(torch.uint8 if bits == 4 else torch.int8)
@@ -100,7 +100,7 @@ def test_sums_of_the_largest_numbers_are_exact(every_kernels: Int8Kernels, bits:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_extreme_rows_change_nothing_in_the_others(kernels: Int8Kernels, bits: int) -> None:
+def test_extreme_rows_change_nothing_in_the_others(kernels: CpuKernels, bits: int) -> None:
     weight = pack(random_groups(bits, 40, 64))
     x = torch.randn(8, 64)
     alone = kernels.linear(x, weight)
@@ -112,7 +112,7 @@ def test_extreme_rows_change_nothing_in_the_others(kernels: Int8Kernels, bits: i
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gate_and_up_come_out_by_turns(kernels: Int8Kernels, bits: int) -> None:
+def test_gate_and_up_come_out_by_turns(kernels: CpuKernels, bits: int) -> None:
     weight, x = random_groups(bits, 2 * 40, 32), torch.randn(3, 32)
     by_turns = kernels.linear(x, pack_gate_up(weight)).view(3, -1, 2, 16)
     gate, up = by_turns[:, :, 0].flatten(1), by_turns[:, :, 1].flatten(1)

@@ -79,9 +79,11 @@ static void fetch(const Pool& pool, const Sequence& sequence, const TilePlace& f
     for_each_block(pool, sequence, first, [&](int block, int offset, int, int tokens) {
         for (int part : {KEYS, VALUES})
             for (int head = first.kv_head; head < kv_heads_end; head++)
-                for_each_run(pool, pool.row(block, first.layer, part, head), part, offset, tokens, [](const uint8_t* at, size_t bytes) {
-                    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
-                });
+                for_each_run(
+                    pool, pool.row(block, first.layer, part, head), part, offset, tokens,
+                    [](const uint8_t* at, size_t bytes) {
+                        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+                    });
     });
 }
 

@@ -136,7 +136,8 @@ class Decoder {
         // Where an item has all queries of its sequence it places them itself: nobody else attends to them.
         if (placed_ahead_)
             team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token, 0, m_.kv_heads); });
-        const Attention attention{m_.pool, index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
+        const Attention attention{
+            m_.pool, index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
         team_.share(int(items_.size()), [&](int at, int thread) {
             const AttentionItem& item = items_[at];
             const int first = batch.sequence[item.sequence].first + item.from;

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels.cpu.build import KernelsUnavailable, processor_level
 from kernels.cpu.core_slots import CoreSlots
-from kernels.cpu.int8 import Int8Decoder, Int8Kernels, Int8Model
+from kernels.cpu.decoder import CpuDecoder, CpuModel
+from kernels.cpu.kernels import CpuKernels
 from kernels.cpu.packed_weight import PackedWeight, pack, pack_float_gate_up, pack_floats, pack_gate_up
 from kernels.ops import AttentionRow
 from services.core.errors import ConfigError
@@ -26,7 +27,7 @@ from services.model.home import diptych_home
 
 
 class KernelDecoder:
-    def __init__(self, decoder: Int8Decoder, choose: Choose) -> None:
+    def __init__(self, decoder: CpuDecoder, choose: Choose) -> None:
         self._decoder = decoder
         self.choose = choose
 
@@ -81,23 +82,23 @@ def _is_for_kernels(pool: Tensor, *dtypes: torch.dtype) -> bool:
     return pool.device.type == "cpu" and pool.dtype in dtypes
 
 
-def _kernels(threads: int, shared: SharedCores | None) -> Int8Kernels:
+def _kernels(threads: int, shared: SharedCores | None) -> CpuKernels:
     folder = diptych_home() / "kernels"
     if shared is None:
-        return Int8Kernels(folder, threads)
+        return CpuKernels(folder, threads)
     try:
         slots = CoreSlots(Path(shared.file), shared.slot)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--core-slots: {error}; leave it out, `diptych up` makes it") from None
-    return Int8Kernels(folder, shared.cores, slots=slots)
+    return CpuKernels(folder, shared.cores, slots=slots)
 
 
 def _load(
-    files: ModelFiles, pool: Tensor, kernels: Int8Kernels, packing: Packing[PackedWeight, PackedWeight]
+    files: ModelFiles, pool: Tensor, kernels: CpuKernels, packing: Packing[PackedWeight, PackedWeight]
 ) -> KernelDecoder:
     weights = load_weights(files, torch.float32, pool.device, packing)
     config = files.config
-    model = Int8Model(
+    model = CpuModel(
         heads=config.heads,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
@@ -110,7 +111,7 @@ def _load(
         final_norm=weights.final_norm,
         unembedding=weights.unembedding,
     )
-    return KernelDecoder(Int8Decoder(kernels, model, pool), choose_with_kernels(kernels))
+    return KernelDecoder(CpuDecoder(kernels, model, pool), choose_with_kernels(kernels))
 
 
 def _packing(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
-from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.kernels import CpuKernels
 from kernels.cpu.library import DRAW
 from services.engine.device.logit_rules import RuleCache, has_rules
 from services.engine.runner import Sample
@@ -44,7 +44,7 @@ def choose_with_torch(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
     return tokens
 
 
-def choose_with_kernels(kernels: Int8Kernels) -> Choose:
+def choose_with_kernels(kernels: CpuKernels) -> Choose:
     """The same tokens from the C++ kernels; logits on a CPU."""
 
     def choose(logits: Tensor, samples: Sequence[Sample]) -> list[int]:

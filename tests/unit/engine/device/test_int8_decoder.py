@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.cpu.build import KernelsUnavailable
 from kernels.cpu.core_slots import SLOT_BYTES
-from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.kernels import CpuKernels
 from services.core.errors import ConfigError
 from services.engine.device.decoder import Decoder
 from services.engine.device.fused_tensor import FusedTensor
@@ -32,9 +32,9 @@ BLOCKS, BLOCK_SIZE = 64, 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels() -> Int8Kernels:
+def kernels() -> CpuKernels:
     try:
-        return Int8Kernels(diptych_home() / "kernels", threads=1)
+        return CpuKernels(diptych_home() / "kernels", threads=1)
     except KernelsUnavailable as error:
         pytest.skip(str(error))
 

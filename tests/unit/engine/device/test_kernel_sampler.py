@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cpu.build import LEVELS, KernelsUnavailable, processor_features
-from kernels.cpu.int8 import Int8Kernels
+from kernels.cpu.kernels import CpuKernels
 from services.core.sampling import SamplingParams
 from services.engine.device.sampler import Choose, choose_with_kernels, choose_with_torch, sample_tokens
 from services.engine.runner import Sample
@@ -19,7 +19,7 @@ def choose(request: pytest.FixtureRequest) -> Choose:
     if not LEVELS[request.param][0] <= processor_features():
         pytest.skip(f"this processor has no {request.param}")
     try:
-        return choose_with_kernels(Int8Kernels(diptych_home() / "kernels", 1, request.param))
+        return choose_with_kernels(CpuKernels(diptych_home() / "kernels", 1, request.param))
     except KernelsUnavailable as error:
         pytest.skip(str(error))
 
