@@ -20,7 +20,7 @@ from services.launch.signals import run_until_signal
 from services.launch.up import decide_quantization, describe_threads, worker_settings
 from services.model.home import diptych_home
 
-QUESTIONS = ("What is the capital of France?", "What is the capital of Italy?")
+QUESTIONS = ("Name the capital of France.", "Name the capital of Italy.")
 MAX_TOKENS = 64
 # (label, key of the response's `timings`, unit), in the order in which a request lives through them.
 STAGES = (

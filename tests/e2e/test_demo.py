@@ -14,7 +14,7 @@ def test_the_demo_answers_shows_where_time_went_and_ends_cleanly(tmp_path: Path,
     environment = {**os.environ, "DIPTYCH_HOME": str(tmp_path)}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert finished.returncode == 0, finished.stderr
-    assert "> What is the capital of France?" in finished.stdout
+    assert "> Name the capital of France." in finished.stdout
     assert "Paris" in finished.stdout
     rows = {line.split("│")[1].strip(): line for line in finished.stdout.splitlines() if line.count("│") == 4}
     assert rows["prefill worker"].count("prefill-0") == 2

@@ -8,7 +8,7 @@ import pytest
 from tests.support.cluster import RunningCluster
 from tests.support.completions import MODEL
 
-ASK = {"model": MODEL, "input": "What is the capital of France?", "temperature": 0, "max_output_tokens": 24}
+ASK = {"model": MODEL, "input": "Name the capital of France.", "temperature": 0, "max_output_tokens": 24}
 
 
 def talk(cluster: RunningCluster) -> tuple[str, str, str]:

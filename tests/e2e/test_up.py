@@ -122,7 +122,7 @@ def test_workers_have_places_of_their_own_among_the_cores_that_they_share(up: Up
 
 
 def test_chat_answers_an_argument_and_standard_input(up: Up) -> None:
-    assert "Paris" in up.run("chat", "What is the capital of France?", "--max-tokens", "32")
+    assert "Paris" in up.run("chat", "Name the capital of France.", "--max-tokens", "32")
     assert up.run("chat", "--max-tokens", "8", question="Say hello.").strip()
 
 

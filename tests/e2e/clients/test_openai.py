@@ -199,9 +199,9 @@ async def test_answers_are_parsed_into_the_models_that_were_asked_for(
 
 
 async def test_responses_go_on_after_each_other(client: openai.AsyncOpenAI) -> None:
-    first = await client.responses.create(model=MODEL, input="What is the capital of France?", temperature=0)
+    first = await client.responses.create(model=MODEL, input="Name the capital of France.", temperature=0)
     assert "Paris" in first.output_text
-    asked = {"model": MODEL, "input": "And of Italy?", "temperature": 0, "max_output_tokens": 40}
+    asked = {"model": MODEL, "input": "Name the capital of Italy.", "temperature": 0, "max_output_tokens": 40}
     whole = await client.responses.create(**asked, previous_response_id=first.id)
     assert "Rome" in whole.output_text
     async with client.responses.stream(**asked, previous_response_id=first.id) as stream:

@@ -19,7 +19,7 @@ from services.core.errors import StoreUnavailable
 from services.core.worker_report import WorkerKey, WorkerReport
 from services.engine.incarnation import Incarnation
 from services.index.memory_index import MemoryPrefixIndex
-from services.index.protocol import PrefixIndex
+from services.index.protocol import DEAD_AFTER_S, PrefixIndex
 from services.index.redis_index import RedisPrefixIndex
 from services.membership.redis_membership import RedisMembership
 from services.store.embedded import EmbeddedValkey
@@ -27,7 +27,8 @@ from services.worker.publisher import BATCH_BLOCKS_MAX, IndexPublisher
 from tests.sim.loop import LoopClock, VirtualLoop
 
 WORKER = WorkerKey("p", 1)
-QUIET_S = 20.0  # virtual: within it everything that will be published is
+# Virtual: within it everything that will be published is, and what a worker could not take back is swept.
+QUIET_S = DEAD_AFTER_S + 10.0
 
 
 def chain(length: int, name: int = 0) -> list[ChainLink]:
