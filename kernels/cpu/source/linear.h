@@ -58,25 +58,34 @@ static inline int32_t quantize_group(const float* x, float inverse, int8_t* q) {
     return sum_of(sums);
 }
 
-// Groups [begin, end) of a row, so many at a time that their divisions are one.
+// So many groups that their divisions are one.
+static inline void quantize_together(const float* x, int count, int8_t* q, RowGroup* of) {
+    float tops[WIDTH]{}, scales[WIDTH], inverses[WIDTH];
+    for (int i = 0; i < count; i++) tops[i] = top_of(x + i * GROUP);
+    const Floats top = load(tops);
+    store(scales, top / 127.0f);
+    store(inverses, select(top > 0.0f, 127.0f / top, Floats{}));
+    for (int i = 0; i < count; i++) {
+        const int32_t sum = quantize_group(x + i * GROUP, inverses[i], q + i * GROUP);
+        of[i] = {scales[i], float(sum) * scales[i], -128 * sum};
+    }
+}
+
+static inline void quantize_one(const float* x, int8_t* q, RowGroup& of) {
+    const float top = top_of(x), scale = top / 127.0f;
+    const int32_t sum = quantize_group(x, top > 0.0f ? 127.0f / top : 0.0f, q);
+    of = {scale, float(sum) * scale, -128 * sum};
+}
+
+// Groups [begin, end) of a row.
 static void quantize_groups(const Rows& rows, int row, int begin, int end) {
     if (!rows.q) return;
     const float* x = rows.x + row * rows.stride;
     int8_t* q = rows.q + size_t(row) * rows.groups * GROUP;
     RowGroup* of = rows.group + size_t(row) * rows.groups;
-    for (int first = begin; first < end; first += WIDTH) {
-        const int count = std::min(WIDTH, end - first);
-        float tops[WIDTH]{}, scales[WIDTH], inverses[WIDTH];
-        for (int i = 0; i < count; i++) tops[i] = top_of(x + (first + i) * GROUP);
-        const Floats top = load(tops);
-        store(scales, top / 127.0f);
-        store(inverses, select(top > 0.0f, 127.0f / top, Floats{}));
-        for (int i = 0; i < count; i++) {
-            const int at = (first + i) * GROUP;
-            const int32_t sum = quantize_group(x + at, inverses[i], q + at);
-            of[first + i] = {scales[i], float(sum) * scales[i], -128 * sum};
-        }
-    }
+    if (end - begin == 1) return quantize_one(x + begin * GROUP, q + begin * GROUP, of[begin]);
+    for (int first = begin; first < end; first += WIDTH)
+        quantize_together(x + first * GROUP, std::min(WIDTH, end - first), q + first * GROUP, of + first);
 }
 
 static void quantize_row(const Rows& rows, int row) { quantize_groups(rows, row, 0, rows.groups); }
