@@ -29,14 +29,12 @@ async def test_no_request_fails_and_nothing_is_lost_when_memory_is_short(cluster
     await cluster.await_quiet()
     gateway, workers = await cluster.gateway_metrics(), await cluster.worker_metrics()
     decode, prefill = workers["decode-0"], workers["prefill-0"]
-    refused = gateway.value("diptych_gateway_retries_total", error="overloaded")
     computed = prefill.value("diptych_worker_batch_tokens_sum", kind="prefill")
-    print(f"{refused:g} refusals, {computed:g} prompt tokens computed")
+    print(f"{computed:g} prompt tokens computed")
     print(summary)
     assert summary.problems == {}
     assert summary.completed + summary.cancelled == REQUESTS
     assert summary.cancelled > REQUESTS * CANCEL_SHARE / 2
-    assert refused > 0
     assert computed > 16 * SHORT_OF_MEMORY.blocks, "nothing had to be evicted"
     for worker in (decode, prefill):
         held = [worker.value("diptych_worker_blocks", state=state) for state in ("free", "cached")]
