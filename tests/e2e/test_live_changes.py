@@ -149,7 +149,7 @@ async def under_load(cluster: RunningCluster, tokens: int) -> AsyncIterator[None
 
 async def test_a_restart_of_every_worker_under_load_fails_no_request(cluster: RunningCluster) -> None:
     handed_over = 0
-    async with under_load(cluster, tokens=400):
+    async with under_load(cluster, tokens=1200):
         for worker in ("decode-0", "decode-1", "prefill-0"):
             said = len(cluster.said)
             draining = cluster.processes()[worker]
