@@ -22,12 +22,7 @@ from services.model.home import diptych_home
 from services.worker.config import WorkerConfig
 from services.worker.quantization import BUILDING, choose_kv_dtype, choose_quantization
 
-WORKER_FLAGS = (
-    "dtype",
-    "quantization",
-    "kv_cache_dtype",
-    "compile",
-)  # of `up`, which are the same as a worker's
+WORKER_FLAGS = ("dtype", "quantization", "kv_cache_dtype", "compile")  # of `up`, the same as a worker's
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,31 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--model", default="", help="GGUF file or Hugging Face folder (default: SmolLM2-135M)"
     )
-    parser.add_argument(
-        "--dtype",
-        default=argparse.SUPPRESS,
-        choices=["float32", "bfloat16", "float16"],
-        help="type of weights and activations (default: float32)",
-    )
-    parser.add_argument(
-        "--quantization",
-        default=argparse.SUPPRESS,
-        choices=["auto", "int8", "none"],
-        help="of the weights; int8: on a CPU, 2 to 6 times as fast, needs a C++ compiler once; auto: int8 "
-        "where that is possible and --dtype is float32 (default: auto)",
-    )
-    parser.add_argument(
-        "--kv-cache-dtype",
-        default=argparse.SUPPRESS,
-        choices=["auto", "float32", "int8"],
-        help="type of KV; auto: int8 beside --quantization int8, else that of --dtype (default: auto)",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="have torch compile the model's layers (see `diptych worker --help`)",
-    )
+    _add_worker_flags(parser)
     parser.add_argument(
         "--redis",
         default="",
@@ -96,6 +67,35 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--verbose", action="store_true", help="show the parts' logs instead of writing files"
     )
     parser.set_defaults(run=run)
+
+
+def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of WORKER_FLAGS; what is not given is what the workers' settings say."""
+    parser.add_argument(
+        "--dtype",
+        default=argparse.SUPPRESS,
+        choices=["float32", "bfloat16", "float16"],
+        help="type of weights and activations (default: float32)",
+    )
+    parser.add_argument(
+        "--quantization",
+        default=argparse.SUPPRESS,
+        choices=["auto", "int8", "none"],
+        help="of the weights; int8: on a CPU, 2 to 6 times as fast, needs a C++ compiler once; auto: int8 "
+        "where that is possible and --dtype is float32 (default: auto)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default=argparse.SUPPRESS,
+        choices=["auto", "float32", "int8"],
+        help="type of KV; auto: int8 beside --quantization int8, else that of --dtype (default: auto)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="have torch compile the model's layers (see `diptych worker --help`)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
