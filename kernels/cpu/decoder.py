@@ -63,7 +63,7 @@ class CpuDecoder:
         self._kernels = kernels
         self._kept = (model, pool)  # C++ has pointers into them
         self._vocab = model.unembedding.outputs
-        self._tokens = 0  # of the last batch
+        self._kept_tokens = 0  # tokens of the last batch
         self._decoder = kernels.library.diptych_decoder_create(
             byref(_model_struct(model, pool)), kernels.team
         )
@@ -72,10 +72,17 @@ class CpuDecoder:
         if decoder := self.__dict__.pop("_decoder", None):
             self._kernels.library.diptych_decoder_destroy(decoder)
 
-    def logits(self, tokens: Sequence[int], rows: Sequence[AttentionRow], sampled: Sequence[int]) -> Tensor:
+    def logits(
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[AttentionRow],
+        sampled: Sequence[int],
+        keep_all: bool = False,
+    ) -> Tensor:
         """Writes the batch's KV into the pool; float32 [sampled rows, vocab].
 
-        tokens: those of all rows, one row after the other; sampled: the rows whose last token's logits count.
+        tokens: those of all rows, one row after the other; sampled: the rows whose last token's logits count,
+        ascending; keep_all: whether `logits_at` shall follow.
         """
         assert len(tokens) == sum(row.queries for row in rows), "the rows own the tokens"
         ids = np.array(tokens, dtype=np.int32)
@@ -91,17 +98,18 @@ class CpuDecoder:
             sequences.ctypes.data,
             last.ctypes.data,
             logits.data_ptr(),
+            keep_all,
         )
         self._kernels.library.diptych_decoder_run(self._decoder, byref(batch))
-        self._tokens = len(ids)
+        self._kept_tokens = len(ids) if keep_all else 0
         del tables
         return logits
 
     def logits_at(self, tokens: Sequence[int]) -> Tensor:
-        """After any of the tokens of the last `logits`: float32 [tokens, vocab]."""
+        """After any of the tokens of the last `logits`, which kept them: float32 [tokens, vocab]."""
         places = np.array(tokens, dtype=np.int32)
-        assert ((places >= 0) & (places < self._tokens)).all(), "they are of the last batch"
-        assert len(places) <= self._tokens, "there is room for as many rows as the batch had"
+        assert ((places >= 0) & (places < self._kept_tokens)).all(), "they are of the last batch"
+        assert len(places) <= self._kept_tokens, "there is room for as many rows as the batch had"
         logits = torch.empty((len(places), self._vocab))
         self._kernels.library.diptych_decoder_unembed(
             self._decoder, places.ctypes.data, len(places), logits.data_ptr()

@@ -85,6 +85,7 @@ class BatchStruct(Structure):
         ("sequence", c_void_p),
         ("last_tokens", c_void_p),
         ("logits", c_void_p),
+        ("all_kept", c_int32),
     ]
 
 

@@ -14,7 +14,7 @@
 
 #include "kv_tile.h"
 
-constexpr int QUERY_ROWS = 32;    // (query, head) pairs of one kv head that share the tiles they read
+constexpr int QUERY_ROWS = 48;    // (query, head) pairs of one kv head that share the tiles they read
 
 struct Attention {
     Pool pool;
@@ -50,27 +50,39 @@ struct AttentionRows {
     float scores[4 * TILE];   // [4][TILE], of the rows at hand; then the weights of the values
 };
 
-// Scores become weights of the tile's values; what was summed before shrinks if the largest score grows.
-// The row sees the tile's tokens [begin, end), at least one.
-template <typename Tile>
-static void weigh(const Tile& tile, AttentionRows& s, int row, float* scores, int begin, int end) {
-    const int stop = (end + WIDTH - 1) / WIDTH * WIDTH;
-    for (int token = 0; token < begin; token++) scores[token] = -INFINITY;
-    for (int token = end; token < TILE; token++) scores[token] = -INFINITY;
-    Floats largest = all(s.top[row]);
-    for (int token = 0; token < stop; token += WIDTH) largest = larger(load(scores + token), largest);
-    const float top = max_of(largest);
-    const Floats shrink = exp2_of(all(s.top[row] - top));
-    s.top[row] = top;
-    Floats* sums = s.sums_of(row);
-    for (int part = 0; part < PARTS; part++) sums[part] *= shrink;
-    for (int token = 0; token < TILE; token += WIDTH) {
-        const Floats weight = token < stop ? exp2_of(load(scores + token) - top) : Floats{};
-        sums[token / WIDTH % PARTS] += weight;
-        store(scores + token, tile.value_weights(token, weight));
+// A row sees a tile's tokens [begin, end), if any.
+static inline void hide_unseen(int begin, int end, float* scores) {
+    std::fill(scores, scores + std::clamp(begin, 0, TILE), -INFINITY);
+    std::fill(scores + std::clamp(end, 0, TILE), scores + TILE, -INFINITY);
+}
+
+// The largest scores of R rows so far; shrink[r]: what is summed up by now is to be multiplied with.
+template <int R>
+static inline void raise_tops(const float* scores, float* top, float* shrink) {
+    float raised[LANES]{}, before[LANES]{};
+    for (int r = 0; r < R; r++) {
+        Floats largest = all(top[r]);
+        for (int token = 0; token < TILE; token += WIDTH) largest = larger(load(scores + r * TILE + token), largest);
+        before[r] = top[r];
+        top[r] = max_of(largest);
+        raised[r] = top[r] > -INFINITY ? top[r] : 0.0f;  // a row may have seen nothing yet
     }
-    float* out = s.out_of(row);
-    for (int at = 0; at < s.width; at += WIDTH) store(out + at, load(out + at) * shrink);
+    for (int r = 0; r < R; r += WIDTH) store(shrink + r, exp2_of(load(before + r) - load(raised + r)));
+}
+
+// Scores become weights of the tile's values.
+template <int R, typename Tile>
+static inline void weigh(const Tile& tile, float* scores, const float* top, const float* shrink, Floats* sums) {
+    for (int r = 0; r < R; r++) {
+        const float origin = top[r] > -INFINITY ? top[r] : 0.0f;
+        for (int part = 0; part < PARTS; part++) sums[r * PARTS + part] *= shrink[r];
+        for (int token = 0; token < TILE; token += WIDTH) {
+            float* at = scores + r * TILE + token;
+            const Floats weights = exp2_of(load(at) - origin);
+            sums[r * PARTS + token / WIDTH % PARTS] += weights;
+            store(at, tile.value_weights(token, weights));
+        }
+    }
 }
 
 // Reads a tile's keys and values of some heads from end to end. The loops that compute with them jump
@@ -160,14 +172,16 @@ class Attending {
 
     template <int R>
     void see(const TilePlace& at, int head_rows, int row) {
-        tile_.template score<R>(head_rows + row, at.begin, at.end, s_.scores);
+        float shrink[LANES];
+        const int first = head_rows + row;
+        tile_.template score<R>(first, at.begin, at.end, s_.scores);
         for (int r = 0; r < R; r++) {
             const int position = first_ + (row + r) / shared_;
-            const int begin = std::max(seen_from(position) - at.base, 0), end = std::min(position + 1 - at.base, TILE);
-            if (begin < end) weigh(tile_, s_, head_rows + row + r, s_.scores + r * TILE, begin, end);
-            else std::fill_n(s_.scores + r * TILE, TILE, 0.0f);
+            hide_unseen(seen_from(position) - at.base, position + 1 - at.base, s_.scores + r * TILE);
         }
-        tile_.template add_values<R>(s_.scores, at.begin, at.end, s_.out_of(head_rows + row));
+        raise_tops<R>(s_.scores, s_.top.data() + first, shrink);
+        weigh<R>(tile_, s_.scores, s_.top.data() + first, shrink, s_.sums_of(first));
+        tile_.template add_values<R>(s_.scores, at.begin, at.end, shrink, s_.out_of(first));
     }
 
     void finish() {

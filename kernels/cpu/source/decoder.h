@@ -36,8 +36,9 @@ struct Batch {
     int32_t tokens, sequences, sampled;
     const int32_t* ids;          // [tokens]
     const Sequence* sequence;    // [sequences], their queries one after the other
-    const int32_t* last_tokens;  // [sampled]
+    const int32_t* last_tokens;  // [sampled], ascending
     float* logits;               // [sampled][vocab]
+    int32_t all_kept;            // whether `unembed_again` may follow, for any token
 };
 
 static float sum_of_squares(const float* x, int n) {
@@ -98,7 +99,7 @@ class Decoder {
         team_.rest();
     }
 
-    // What the last layer left of the last run's tokens stays until the next one.
+    // What the last layer left of the last run's tokens stays until the next one, if all were kept.
     void unembed_again(const int32_t* tokens, int32_t count, float* logits) {
         unembed(tokens, count, logits);
         team_.rest();
@@ -110,11 +111,40 @@ class Decoder {
         team_.share(batch.tokens, [&](int token) { embed(batch, token); });
         for (int index = 0; index < m_.layers; index++) {
             const Layer& layer = m_.layer[index];
-            attend_layer(batch, index, layer);
-            add_attention(batch.tokens, layer);
-            feed_forward(batch.tokens, layer);
+            project(batch.tokens, layer);
+            if (index + 1 == m_.layers && batch.sampled < batch.tokens && !batch.all_kept)
+                return finish_sampled(batch, index, layer);
+            // Where an item has all queries of its sequence it places them itself: nobody else attends to them.
+            if (placed_ahead_) place_all(batch, index, layer);
+            finish(batch, index, layer);
         }
         unembed(batch.last_tokens, batch.sampled, batch.logits);
+    }
+
+    // Of tokens that nobody samples, the last layer's keys and values are all that is needed.
+    void finish_sampled(const Batch& batch, int index, const Layer& layer) {
+        place_all(batch, index, layer);
+        placed_ahead_ = true;
+        std::vector<Sequence> sequences(batch.sampled);
+        std::vector<int32_t> tokens(batch.sampled);
+        for (int row = 0; row < batch.sampled; row++) {
+            const int token = batch.last_tokens[row];
+            const Sequence& from = batch.sequence[sequence_of_[token]];
+            sequences[row] = {row, 1, from.start + token - from.first, from.table};
+            tokens[row] = row;
+            std::copy_n(hidden(token), hidden_width(), hidden(row));
+            std::copy_n(qkv(token), qkv_width(), qkv(row));
+        }
+        items_ = attention_items(sequences.data(), batch.sampled, m_.heads, m_.kv_heads, team_.threads());
+        finish({batch.sampled, batch.sampled, 0, nullptr, sequences.data(), nullptr, nullptr, 0}, index, layer);
+        unembed(tokens.data(), batch.sampled, batch.logits);
+    }
+
+    // What follows a layer's projections.
+    void finish(const Batch& batch, int index, const Layer& layer) {
+        attend(batch, index, layer);
+        add_attention(batch.tokens, layer);
+        feed_forward(batch.tokens, layer);
     }
 
     void embed(const Batch& batch, int token) {
@@ -128,14 +158,18 @@ class Decoder {
         }
     }
 
-    void attend_layer(const Batch& batch, int index, const Layer& layer) {
-        normalize(batch.tokens, layer.attention_norm, layer.qkv);
-        multiply_all(team_, layer.qkv, normal_rows(layer.qkv), batch.tokens, [&](int token, int block, const float* y) {
+    void project(int tokens, const Layer& layer) {
+        normalize(tokens, layer.attention_norm, layer.qkv);
+        multiply_all(team_, layer.qkv, normal_rows(layer.qkv), tokens, [&](int token, int block, const float* y) {
             memcpy(qkv(token) + block * COLUMNS, y, sizeof(float) * COLUMNS);
         });
-        // Where an item has all queries of its sequence it places them itself: nobody else attends to them.
-        if (placed_ahead_)
-            team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token, 0, m_.kv_heads); });
+    }
+
+    void place_all(const Batch& batch, int index, const Layer& layer) {
+        team_.share(batch.tokens, [&](int token) { place(batch, index, layer, token, 0, m_.kv_heads); });
+    }
+
+    void attend(const Batch& batch, int index, const Layer& layer) {
         const Attention attention{
             m_.pool, index, m_.heads, m_.window, qkv_.data(), qkv_width(), attended_.data(), attended_width()};
         team_.share(int(items_.size()), [&](int at, int thread) {

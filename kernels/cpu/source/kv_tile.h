@@ -42,12 +42,14 @@ static inline void for_each_block(const Pool& pool, const Sequence& sequence, co
 
 static inline int rounded_up_to_lanes(int n) { return (n + LANES - 1) / LANES * LANES; }
 
-// out[row][at..] += weights[row][token] * value(token, at..), for R rows and V registers of a head's width.
+// out[row][at..] = out * shrink[row] + the sum of weights[row][token] * value(token, at..), in order, for R rows and
+// V registers of a head's width.
 template <int R, int V, typename Value>
-static inline void add_values(const float* weights, int at, int begin, int end, float* out, int width, Value value) {
+static inline void add_values(
+    const float* weights, int at, int begin, int end, const float* shrink, float* out, int width, Value value) {
     Floats sum[R][V];
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < V; i++) sum[r][i] = load(out + r * width + at + i * WIDTH);
+        for (int i = 0; i < V; i++) sum[r][i] = load(out + r * width + at + i * WIDTH) * shrink[r];
     for (int token = begin; token < end; token++)
         for (int i = 0; i < V; i++) {
             const Floats values = value(token, at + i * WIDTH);
@@ -58,11 +60,12 @@ static inline void add_values(const float* weights, int at, int begin, int end, 
 }
 
 template <int R, typename Value>
-static inline void add_all_values(const float* weights, int begin, int end, float* out, int width, Value value) {
+static inline void add_all_values(
+    const float* weights, int begin, int end, const float* shrink, float* out, int width, Value value) {
     int at = 0;
     for (; at + AT_ONCE * WIDTH <= width; at += AT_ONCE * WIDTH)
-        add_values<R, AT_ONCE>(weights, at, begin, end, out, width, value);
-    for (; at < width; at += WIDTH) add_values<R, 1>(weights, at, begin, end, out, width, value);
+        add_values<R, AT_ONCE>(weights, at, begin, end, shrink, out, width, value);
+    for (; at < width; at += WIDTH) add_values<R, 1>(weights, at, begin, end, shrink, out, width, value);
 }
 
 class FloatTile {
@@ -114,8 +117,8 @@ class FloatTile {
     Floats value_weights(int /*token*/, Floats weights) const { return weights; }
 
     template <int R>
-    void add_values(const float* weights, int begin, int end, float* out) const {
-        add_all_values<R>(weights, begin, end, out, width, [&](int token, int at) { return load(v_rows_[token] + at); });
+    void add_values(const float* weights, int begin, int end, const float* shrink, float* out) const {
+        add_all_values<R>(weights, begin, end, shrink, out, width, [&](int token, int at) { return load(v_rows_[token] + at); });
     }
 
     const int width;  // of a row of results, with zeros behind dim
@@ -222,11 +225,10 @@ class Int8Tile {
         memcpy(rotated_.data(), q, sizeof(float) * pool_.dim);
         keep_finite(rotated_.data(), pool_.dim);
         spread(rotated_.data(), pool_.dim);
+        const auto codes = reinterpret_cast<int8_t*>(&q_[size_t(row) * fours_]);
+        const float scale = quantize_head(rotated_.data(), pool_.dim, codes);
         int32_t sum = 0;
-        const float scale = quantize_head(rotated_.data(), pool_.dim, [&](int at, const int8_t* codes) {
-            memcpy(&q_[size_t(row) * fours_ + at / 4], codes, 4);
-            sum += codes[0] + codes[1] + codes[2] + codes[3];
-        });
+        for (int d = 0; d < pool_.dim; d++) sum += codes[d];
         // Spreading both sides made their product spread_of(dim) times larger.
         q_scale_[row] = scale * (LOG2_E / std::sqrt(float(pool_.dim)) / float(spread_of(pool_.dim)));
         q_begin_[row] = -KEY_BIAS * sum;
@@ -280,13 +282,13 @@ class Int8Tile {
     Floats value_weights(int token, Floats weights) const { return weights * load(v_scale_ + token); }
 
     template <int R>
-    void add_values(const float* weights, int begin, int end, float* out) const {
+    void add_values(const float* weights, int begin, int end, const float* shrink, float* out) const {
         if (as_floats_)
-            add_all_values<R>(weights, begin, end, out, width, [&](int token, int at) {
+            add_all_values<R>(weights, begin, end, shrink, out, width, [&](int token, int at) {
                 return load(v_.data() + size_t(token) * width + at);
             });
         else
-            add_all_values<R>(weights, begin, end, out, width, [rows = v_rows_, ahead = ahead_](int token, int at) {
+            add_all_values<R>(weights, begin, end, shrink, out, width, [rows = v_rows_, ahead = ahead_](int token, int at) {
                 if (at == 0) {
                     __builtin_prefetch(ahead[2 * token]);
                     __builtin_prefetch(ahead[2 * token + 1]);

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 #include "vector.h"
 
@@ -35,34 +36,44 @@ struct Pool {
 
 static inline Floats finite(Floats x) { return select(absolute(x) < INFINITY, x, Floats{}); }
 
-// x = H x for the Hadamard matrix H of 2, 4 or 8 numbers, times as many eights.
-template <int DISTANCE>
-static inline Eight butterfly(Eight x) {
-    const Eight other = DISTANCE == 1   ? __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
-                        : DISTANCE == 2 ? __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5)
-                                        : __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-    constexpr float b = DISTANCE == 1 ? -1 : 1, c = DISTANCE == 2 ? -1 : 1, d = DISTANCE == 4 ? -1 : 1;
-    const Eight signs = {1, b, c, b * c, d, b * d, c * d, b * c * d};
-    return other + x * signs;
+// x = H x for the Hadamard matrix H of 2 numbers that lie DISTANCE apart, all along a register.
+template <int DISTANCE, size_t... LANE>
+static inline Floats butterfly(Floats x, std::index_sequence<LANE...>) {
+    const Floats other = __builtin_shufflevector(x, x, (int(LANE) ^ DISTANCE)...);
+    return fused(x, Floats{(LANE & DISTANCE ? -1.0f : 1.0f)...}, other);
+}
+
+template <int DISTANCE = 1>
+static inline Floats butterflies(Floats x) {
+    if constexpr (DISTANCE == WIDTH) return x;
+    else return butterflies<2 * DISTANCE>(butterfly<DISTANCE>(x, std::make_index_sequence<WIDTH>()));
 }
 
 // How many numbers a head's Hadamard matrix mixes: the largest power of two that divides `dim`.
 static inline int spread_of(int dim) { return dim & -dim; }
 
+// Both halves of x[2 * distance] become their sum and their difference.
+static inline void add_and_subtract(float* x, int distance) {
+    int i = 0;
+    for (; i + WIDTH <= distance; i += WIDTH) {
+        const Floats a = load(x + i), b = load(x + i + distance);
+        store(x + i, a + b);
+        store(x + i + distance, a - b);
+    }
+    for (; i < distance; i++) {
+        const float a = x[i], b = x[i + distance];
+        x[i] = a + b;
+        x[i + distance] = a - b;
+    }
+}
+
 // x = H x along parts of spread_of(dim) numbers. H is not normalised: it makes vectors sqrt(spread) longer.
 static inline void spread(float* x, int dim) {
     const int size = spread_of(dim);
-    for (int at = 0; size >= 8 && at < dim; at += 8) {
-        Eight& eight = *reinterpret_cast<Eight*>(x + at);
-        eight = butterfly<4>(butterfly<2>(butterfly<1>(eight)));
-    }
-    for (int distance = size >= 8 ? 8 : 1; distance < size; distance *= 2)
-        for (int at = 0; at < dim; at += 2 * distance)
-            for (int i = at; i < at + distance; i++) {
-                const float a = x[i], b = x[i + distance];
-                x[i] = a + b;
-                x[i + distance] = a - b;
-            }
+    const bool whole = size >= WIDTH;  // registers
+    for (int at = 0; whole && at < dim; at += WIDTH) store(x + at, butterflies(load(x + at)));
+    for (int distance = whole ? WIDTH : 1; distance < size; distance *= 2)
+        for (int at = 0; at < dim; at += 2 * distance) add_and_subtract(x + at, distance);
 }
 
 static inline void keep_finite(float* x, int n) {
@@ -80,27 +91,18 @@ static inline float largest_size_of(const float* x, int n) {
     return top;
 }
 
-// Codes of finite x[dim], four at a time with zeros behind the last one: put(at, codes). Returns their
-// scale: x = code * scale. What is too large or too small for a scale is all zeros.
-template <typename Put>
-static inline float quantize_head(const float* x, int dim, Put put) {
+// Codes of finite x[dim], with zeros behind them up to a multiple of 4. Returns their scale: x = code * scale.
+// What is too large or too small for a scale is all zeros. The codes may lie where x begins.
+static inline float quantize_head(const float* x, int dim, int8_t* codes) {
     const float top = largest_size_of(x, dim);
-    const bool has_scale = top > 1e-30f && top < INFINITY;
-    const float inverse = has_scale ? 127.0f / top : 0.0f;
+    if (!(top > 1e-30f && top < INFINITY)) return memset(codes, 0, (dim + 3) / 4 * 4), 0.0f;
+    const float inverse = 127.0f / top;
     int at = 0;
-    for (; has_scale && at + WIDTH <= dim; at += WIDTH) {
-        typedef int8_t Codes __attribute__((vector_size(WIDTH)));
-        int8_t codes[WIDTH];
-        const Codes rounded_ones = __builtin_convertvector(rounded(load(x + at) * inverse), Codes);
-        memcpy(codes, &rounded_ones, WIDTH);
-        for (int four = 0; four < WIDTH; four += 4) put(at + four, codes + four);
-    }
-    for (; at < dim; at += 4) {
-        int8_t codes[4] = {};
-        for (int i = 0; has_scale && i < 4 && at + i < dim; i++) codes[i] = int8_t(std::nearbyint(x[at + i] * inverse));
-        put(at, codes);
-    }
-    return has_scale ? top / 127.0f : 0.0f;
+    for (; at + WIDTH <= dim; at += WIDTH)
+        *reinterpret_cast<Bytes*>(codes + at) = __builtin_convertvector(rounded(load(x + at) * inverse), Bytes);
+    for (; at < dim; at++) codes[at] = int8_t(std::nearbyint(x[at] * inverse));
+    for (; at % 4 != 0; at++) codes[at] = 0;
+    return top / 127.0f;
 }
 
 // One token of a head, x[dim], to its place in the row; x may change.
@@ -110,13 +112,13 @@ static inline void write_head(const Pool& pool, uint8_t* row, int part, int offs
         memcpy(row + size_t(offset) * pool.dim * sizeof(float), x, sizeof(float) * pool.dim);
     } else if (part == KEYS) {
         spread(x, pool.dim);
-        pool.scales(row)[offset] = quantize_head(x, pool.dim, [&](int at, const int8_t* codes) {
-            memcpy(row + size_t(at) * pool.block_size + 4 * offset, codes, 4);
-        });
+        const auto codes = reinterpret_cast<int8_t*>(x);
+        pool.scales(row)[offset] = quantize_head(x, pool.dim, codes);
+        for (int four = 0; four < pool.width() / 4; four++)
+            memcpy(row + (size_t(four) * pool.block_size + offset) * 4, codes + 4 * four, 4);
     } else {
-        pool.scales(row)[offset] = quantize_head(x, pool.dim, [&](int at, const int8_t* codes) {
-            memcpy(row + size_t(offset) * pool.width() + at, codes, 4);
-        });
+        const auto codes = reinterpret_cast<int8_t*>(row) + size_t(offset) * pool.width();
+        pool.scales(row)[offset] = quantize_head(x, pool.dim, codes);
     }
 }
 

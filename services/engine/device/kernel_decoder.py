@@ -37,10 +37,11 @@ class KernelDecoder:
         self._firsts = [0, *accumulate(len(row.tokens) for row in rows)]
         tokens = list(chain.from_iterable(row.tokens for row in rows))
         attended = [AttentionRow(len(row.tokens), row.start, row.block_table) for row in rows]
-        return sampled, self._decoder.logits(tokens, attended, sampled)
+        scored = any(row.targets is not None for row in rows)
+        return sampled, self._decoder.logits(tokens, attended, sampled, keep_all=scored)
 
     def logits_at(self, row: int, places: range) -> Tensor:
-        """Of the last computed rows: float32 [places, vocab] after these of a row's tokens."""
+        """Of the last computed rows, some scored: float32 [places, vocab] after these of a row's tokens."""
         first = self._firsts[row]
         return self._decoder.logits_at(range(first + places.start, first + places.stop))
 
