@@ -82,7 +82,7 @@ class RouteOptions:
     behind: float = 1.0
     arrival_ms: float = 1_000.0  # between two sequences that come to one decode worker, about
     # A worker's mixed steps aim at as much (WorkerConfig.step_ms_target).
-    decode_step_ms_target: float = 50.0
+    decode_step_ms_target: float = 45.0
     over_target: float = 10.0
     # Until any worker has measured; a worker that has not is taken to be like the average of the others.
     assumed: StepModel = ASSUMED

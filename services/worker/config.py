@@ -83,7 +83,7 @@ class WorkerConfig:
         default=128, metadata={"help": "prompt tokens that one step computes at most"}
     )
     step_ms_target: float = field(
-        default=50.0,
+        default=45.0,
         metadata={"help": "length of a step that mixes decoding with prompt chunks, in milliseconds"},
     )
     lease_ttl_s: float = field(

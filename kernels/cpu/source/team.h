@@ -33,7 +33,7 @@ class Team {
     // With at most so many threads, the caller's among them, and as many as `cores` gives at each moment.
     // The number of the first phase is one more than `number`; numbers go round.
     Team(int threads, Cores cores, uint32_t number = 0)
-        : threads_(threads), cores_(cores), word_(uint64_t(number) << 32), asleep_(new Bell[threads]) {
+        : threads_(threads), cores_(cores), word_(uint64_t(number) << 2 * BITS), asleep_(new Bell[threads]) {
         for (int thread = 1; thread < threads; thread++) helpers_.emplace_back([this, thread] { serve(thread); });
     }
 
@@ -49,7 +49,7 @@ class Team {
     template <typename F>
     void share(int items, F f) {
         const int threads = std::min({cores_.begin(), threads_, items});
-        if (threads <= 1) {
+        if (threads <= 1 || uint64_t(items) > LEFT) {
             call<F>(&f, 0, items, 0);
             return;
         }
@@ -73,7 +73,8 @@ class Team {
         std::atomic<uint32_t> asleep{0};
     };
 
-    static constexpr uint64_t LEFT = 0xffffffff;
+    static constexpr int BITS = 20;  // of a count of items
+    static constexpr uint64_t LEFT = (uint64_t(1) << BITS) - 1;
 
     template <typename F>
     static void call(void* work, int first, int end, int thread) {
@@ -86,11 +87,13 @@ class Team {
     void open(const Phase& phase) {
         phase_ = phase;
         finished_.store(0, std::memory_order_relaxed);
-        const uint64_t number = (word_.load(std::memory_order_relaxed) >> 32) + 1;
-        word_.store(number << 32 | uint64_t(phase.items), std::memory_order_seq_cst);
+        const uint64_t number = (word_.load(std::memory_order_relaxed) >> 2 * BITS) + 1;
+        word_.store(number << 2 * BITS | uint64_t(phase.items), std::memory_order_seq_cst);
     }
 
-    // Works on the open phase until no item of it is left, or the thread's core is wanted elsewhere.
+    // Works on the open phase until no item of it is left, or the thread's core is wanted elsewhere. The caller
+    // takes items from the front, the others from the back: two threads read two runs of memory, which the
+    // processor reads ahead, instead of pieces of one by turns.
     // `signs`: what `Cores::signs` was when it was last known to be free.
     void work(int thread, int64_t signs) {
         int done = 0;
@@ -98,8 +101,10 @@ class Team {
         while ((word & LEFT) != 0 && still_mine(thread, signs)) {
             // Few at a time towards the end, so that all end together.
             const int left = int(word & LEFT), count = std::max(1, left / (4 * threads_));
-            if (!word_.compare_exchange_weak(word, word - count, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-            const int first = phase_.items - left;
+            const int front = int(word >> BITS & LEFT);
+            const uint64_t next = word - count + (thread == 0 ? uint64_t(count) << BITS : 0);
+            if (!word_.compare_exchange_weak(word, next, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+            const int first = thread == 0 ? front : front + left - count;
             phase_.call(phase_.work, first, first + count, thread);
             done += count;
             word = word_.load(std::memory_order_acquire);
@@ -165,7 +170,7 @@ class Team {
     const int threads_;
     Cores cores_;
     std::atomic<bool> stopping_{false};
-    alignas(64) std::atomic<uint64_t> word_;  // phase << 32 | items left
+    alignas(64) std::atomic<uint64_t> word_;  // phase << 2 * BITS | items taken from the front << BITS | items left
     Phase phase_{};
     alignas(64) std::atomic<int> finished_{0};  // items of the phase
     std::unique_ptr<Bell[]> asleep_;
