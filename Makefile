@@ -8,7 +8,7 @@ SOURCES := services router kernels loadtest tests
 
 .PHONY: setup run-setup demo up test test-full fuzz sim lint format proto chaos bench-kv bench-fetch bench-cancel \
 	bench-transfer bench-routing bench-policies bench-overload bench-index bench-kernels bench-locks bench-gateway \
-	bench-templates bench-door bench-cpu bench-processes bench-threads clean
+	bench-templates bench-door bench-cpu bench-processes bench-threads bench-gpu clean
 
 # Everything for development. The stamp makes it run once per change of its inputs. lm-eval (extra `eval`) is
 # not compiled: one test imports a tenth of what it brings, and compiling all of it takes most of a minute.
@@ -132,6 +132,10 @@ bench-cpu: setup
 	@$(PIP) matplotlib
 	@$(PY) -m tests.bench.cpu $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(SHAPE),--shapes $(SHAPE)) \
 		$(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(ARGS)
+
+# Steps of the torch path on a GPU, as it is and compiled (ARGS="--dtype float32").
+bench-gpu: setup
+	@$(PY) -m tests.bench.gpu $(ARGS)
 
 # Processor time of each process of a whole server, for each token (LAYOUT=1+1|both, SHAPE=256x64, CONCURRENCY=1,8).
 bench-processes: setup

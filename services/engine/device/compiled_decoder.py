@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from services.core.errors import ConfigError
-from services.engine.device.batch import Batch
 from services.engine.device.decoder import Decoder
 from services.engine.device.weights import LayerWeights, Weights
 from services.engine.runner import Row
@@ -34,8 +33,8 @@ class CompiledDecoder(Decoder):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(diptych_home() / "compiled"))
         inductor.compile_threads = 1  # in this process: others would stay beside it, waiting for more
         self._opaque_linear = _opaque(super()._linear)
-        self._opaque_attend = _opaque(super()._attend)
-        self._compiled = torch.compile(super()._layer, dynamic=True)
+        self._compiled_projected = torch.compile(super()._projected, dynamic=True)
+        self._compiled_finished = torch.compile(super()._finished, dynamic=True)
         self._compile()
 
     @torch.inference_mode()
@@ -58,23 +57,19 @@ class CompiledDecoder(Decoder):
             rows = [rows[0], replace(rows[0], samples=(), targets=None)]
         return super().compute(rows)
 
-    def _layer(
-        self,
-        index: int,
-        layer: LayerWeights[Tensor],
-        hidden: Tensor,
-        angles: tuple[Tensor, Tensor],
-        batch: Batch,
-    ) -> Tensor:
-        after: Tensor = self._compiled(index, layer, hidden, angles, batch)
-        return after
+    def _projected(
+        self, layer: LayerWeights[Tensor], hidden: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projected: tuple[Tensor, Tensor, Tensor] = self._compiled_projected(layer, hidden, angles)
+        return projected
+
+    def _finished(self, layer: LayerWeights[Tensor], hidden: Tensor, attended: Tensor) -> Tensor:
+        finished: Tensor = self._compiled_finished(layer, hidden, attended)
+        return finished
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         linear = self._opaque_linear if self._packed else super()._linear
         return linear(x, weight, bias)
-
-    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-        return self._opaque_attend(index, q, k, v, batch)
 
 
 def _opaque(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -65,6 +65,13 @@ class Decoder:
         angles: tuple[Tensor, Tensor],
         batch: Batch,
     ) -> Tensor:
+        q, k, v = self._projected(layer, hidden, angles)
+        return self._finished(layer, hidden, self._attend(index, q, k, v, batch))
+
+    def _projected(
+        self, layer: LayerWeights[Tensor], hidden: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes: q, k and v, [tokens, heads of each, head_dim]."""
         c = self._config
         normal = ops.rms_norm(hidden, layer.attention_norm, c.rms_norm_eps)
         qkv = self._linear(normal, layer.qkv, layer.qkv_bias).view(len(hidden), -1, c.head_dim)
@@ -72,9 +79,11 @@ class Decoder:
         if layer.qk_norm is not None:
             qk = ops.rms_norm(qk, layer.qk_norm, c.rms_norm_eps)
         q, k = torch.split(ops.apply_rope(qk, *angles), [c.heads, c.kv_heads], dim=1)
-        attended = self._attend(index, q, k, v, batch)
+        return q, k, v
+
+    def _finished(self, layer: LayerWeights[Tensor], hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self._linear(attended, layer.attention_output)
-        normal = ops.rms_norm(hidden, layer.mlp_norm, c.rms_norm_eps)
+        normal = ops.rms_norm(hidden, layer.mlp_norm, self._config.rms_norm_eps)
         return hidden + self._linear(ops.swiglu(self._linear(normal, layer.gate_up)), layer.down)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
