@@ -7,6 +7,7 @@ each token and group; or both are float32 (`packed_weight.py`).
 from collections.abc import Sequence
 from ctypes import byref, c_void_p
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -63,7 +64,7 @@ class CpuDecoder:
         self._kernels = kernels
         self._kept = (model, pool)  # C++ has pointers into them
         self._vocab = model.unembedding.outputs
-        self._kept_tokens = 0  # tokens of the last batch
+        self._kept_tokens = 0  # of the last batch, if it kept them all
         self._decoder = kernels.library.diptych_decoder_create(
             byref(_model_struct(model, pool)), kernels.team
         )
@@ -87,6 +88,7 @@ class CpuDecoder:
         assert len(tokens) == sum(row.queries for row in rows), "the rows own the tokens"
         ids = np.array(tokens, dtype=np.int32)
         assert ((ids >= 0) & (ids < self._vocab)).all(), "token ids are in the vocabulary"
+        assert all(one < other for one, other in pairwise(sampled)), "the sampled rows are in order"
         sequences, tables = sequences_of(rows)
         last = np.ascontiguousarray((sequences["first"] + sequences["queries"] - 1)[list(sampled)])
         logits = torch.empty((len(last), self._vocab))
@@ -108,7 +110,7 @@ class CpuDecoder:
     def logits_at(self, tokens: Sequence[int]) -> Tensor:
         """After any of the tokens of the last `logits`, which kept them: float32 [tokens, vocab]."""
         places = np.array(tokens, dtype=np.int32)
-        assert ((places >= 0) & (places < self._kept_tokens)).all(), "they are of the last batch"
+        assert ((places >= 0) & (places < self._kept_tokens)).all(), "the last batch kept them"
         assert len(places) <= self._kept_tokens, "there is room for as many rows as the batch had"
         logits = torch.empty((len(places), self._vocab))
         self._kernels.library.diptych_decoder_unembed(

@@ -93,16 +93,6 @@ static void a_killed_worker_counts_for_a_moment() {
     CHECK(other.mine() == 2);
 }
 
-// The number of a phase goes round.
-static void phases_go_round() {
-    Team team(3, Cores(3, nullptr, 0, 0), ~uint32_t(0) - 20);
-    for (int phase = 0; phase < 200; phase++) {
-        std::vector<int> done(30);
-        team.share(30, [&](int item) { done[item]++; });
-        CHECK(std::accumulate(done.begin(), done.end(), 0) == 30);
-    }
-}
-
 int main() {
     const auto all = [](int threads) { return Cores(threads, nullptr, 0, 0); };
     every_item_once(1, 100, all(1));
@@ -118,6 +108,5 @@ int main() {
     alone_it_finishes();
     shares_add_up();
     a_killed_worker_counts_for_a_moment();
-    phases_go_round();
     std::puts("ok");
 }

@@ -56,7 +56,7 @@ static inline void hide_unseen(int begin, int end, float* scores) {
     std::fill(scores + std::clamp(end, 0, TILE), scores + TILE, -INFINITY);
 }
 
-// The largest scores of R rows so far; shrink[r]: what is summed up by now is to be multiplied with.
+// The largest scores of R rows so far. shrink[LANES] gets for each row what its sums up to now are to be multiplied with.
 template <int R>
 static inline void raise_tops(const float* scores, float* top, float* shrink) {
     float raised[LANES]{}, before[LANES]{};
@@ -214,8 +214,10 @@ class AttentionScratch {
         else float_.emplace(rows, pool);
     }
 
-    void attend(const Attention& attention, const Sequence* sequences, const std::vector<AttentionItem>& items, int index) {
-        const AttentionItem* following = index + 1 < int(items.size()) ? &items[index + 1] : nullptr;
+    // The item at `index`; `next` is the index of what this thread will probably compute then.
+    void attend(const Attention& attention, const Sequence* sequences, const std::vector<AttentionItem>& items, int index,
+                int next) {
+        const AttentionItem* following = 0 <= next && next < int(items.size()) ? &items[next] : nullptr;
         if (int8_) Attending<Int8Tile>(attention, sequences, items[index], following, *rows_, *int8_).run();
         else Attending<FloatTile>(attention, sequences, items[index], following, *rows_, *float_).run();
     }

@@ -133,14 +133,14 @@ class Decoder {
             sequences[row] = {row, 1, from.start + token - from.first, from.table};
             tokens[row] = row;
             std::copy_n(hidden(token), hidden_width(), hidden(row));
-            std::copy_n(qkv(token), qkv_width(), qkv(row));
+            std::copy_n(qkv(token), attended_inputs(), qkv(row));
         }
         items_ = attention_items(sequences.data(), batch.sampled, m_.heads, m_.kv_heads, team_.threads());
         finish({batch.sampled, batch.sampled, 0, nullptr, sequences.data(), nullptr, nullptr, 0}, index, layer);
         unembed(tokens.data(), batch.sampled, batch.logits);
     }
 
-    // What follows a layer's projections.
+    // What follows a layer's projections. Of a batch that is placed, its tokens and sequences are enough.
     void finish(const Batch& batch, int index, const Layer& layer) {
         attend(batch, index, layer);
         add_attention(batch.tokens, layer);
@@ -177,7 +177,7 @@ class Decoder {
             const int first = batch.sequence[item.sequence].first + item.from;
             for (int token = first; !placed_ahead_ && token < first + item.queries; token++)
                 place(batch, index, layer, token, item.kv_head, item.kv_heads_end);
-            scratch_[thread]->attend(attention, batch.sequence, items_, at);
+            scratch_[thread]->attend(attention, batch.sequence, items_, at, at + Team::step_of(thread));
             for (int token = first; whole_groups() && token < first + item.queries; token++)
                 quantize_groups(attended_rows(layer), token, groups_before(item.kv_head), groups_before(item.kv_heads_end));
         });

@@ -3,7 +3,7 @@
 // other rows, nor on the block size.
 //
 //     score[row][token] = q[row] . k[token] * log2(e) / sqrt(dim)
-//     out[row] += sum over tokens, in order, of weight[row][token] * v[token]
+//     out[row] = out[row] * shrink[row] + sum over tokens, in order, of weight[row][token] * v[token]
 //
 // `FloatTile` computes with a pool of float32, `Int8Tile` with one of 8 bits: there the query has 8 bits
 // as well, so a score is an exact sum of integers, scaled; weights and sums of values are float32.

@@ -39,7 +39,7 @@ void diptych_attention(Team* team, const Pool* pool, int32_t layer, int32_t head
     const auto items = attention_items(sequences, count, heads, pool->kv_heads, team->threads());
     std::vector<AttentionScratch> scratch(team->threads(), AttentionScratch(heads, *pool));
     team->share(int(items.size()), [&](int index, int thread) {
-        scratch[thread].attend(attention, sequences, items, index);
+        scratch[thread].attend(attention, sequences, items, index, index + Team::step_of(thread));
     });
     team->rest();
 }

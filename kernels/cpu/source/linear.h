@@ -128,16 +128,16 @@ struct Ahead {
     }
 };
 
-// The block after this one, while so many times a few rows pass over this one. A single row of 8 bits goes at
-// the memory's speed by itself, if the processor multiplies bytes; asking for more only slows it.
+// The block `next` (-1: none), while so many times a few rows pass over another one. A single row of 8 bits goes
+// at the memory's speed by itself, if the processor multiplies bytes; asking for more only slows it.
 template <typename Unit>
-static Ahead after(const Packed& weight, int block, int groups, int rows) {
+static Ahead ahead_of(const Packed& weight, int next, int groups, int rows) {
     constexpr int LINES = sizeof(Unit) / 64;
     const int passes = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     const bool worth = rows > 1 || std::is_same_v<Unit, FourBit> || !DOT_BYTES;
-    const bool last = block + 1 == blocks_of(weight.outputs);
-    const char* next = reinterpret_cast<const char*>(weight.block<Unit>(block + 1, groups));
-    return {next, worth && !last ? next + groups * sizeof(Unit) : next, (LINES + passes - 1) / passes};
+    if (next < 0 || !worth) return {nullptr, nullptr, 0};
+    const char* at = reinterpret_cast<const char*>(weight.block<Unit>(next, groups));
+    return {at, at + groups * sizeof(Unit), (LINES + passes - 1) / passes};
 }
 
 // y[R][COLUMNS]: R rows times one block of weights.
@@ -174,15 +174,20 @@ struct Panels {
     size_t row_bytes;
     int rows_at_once;
 
-    // multiply(block, first row, end) for each block of a span, then done(row, span) for each of its rows.
+    // multiply(block, the block after it or -1, first row, end) for each block of a span, then done(row, span) for
+    // each of its rows.
     template <typename Multiply, typename Done>
     void share(Team& team, Multiply multiply, Done done) const {
         const int panel = std::max(rows_at_once, int((384 << 10) / row_bytes) / rows_at_once * rows_at_once);
         const int panels = (rows + panel - 1) / panel, spans = (blocks + span - 1) / span;
-        team.share(spans * panels, [&](int item) {
+        team.share(spans * panels, [&](int item, int thread) {
             const int first_block = item % spans * span, first = item / spans * panel;
-            const int end = std::min(rows, first + panel);
-            for (int block = first_block; block < std::min(blocks, first_block + span); block++) multiply(block, first, end);
+            const int end = std::min(rows, first + panel), end_block = std::min(blocks, first_block + span);
+            const int following = item % spans + Team::step_of(thread);
+            for (int block = first_block; block < end_block; block++) {
+                const int next = block + 1 < end_block ? block + 1 : following < spans ? following * span : -1;
+                multiply(block, next, first, end);
+            }
             for (int row = first; row < end; row++) done(row, item % spans);
         });
     }
@@ -191,9 +196,9 @@ struct Panels {
 template <typename Unit, typename Use, typename Done>
 static void multiply_units(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
     const Panels panels{rows, blocks_of(weight.outputs), span, size_t(x.groups) * GROUP, ROWS_AT_ONCE};
-    const auto multiply_block = [&](int block, int first, int end) {
+    const auto multiply_block = [&](int block, int next, int first, int end) {
         alignas(64) float y[ROWS_AT_ONCE][COLUMNS];
-        Ahead ahead = after<Unit>(weight, block, x.groups, end - first);
+        Ahead ahead = ahead_of<Unit>(weight, next, x.groups, end - first);
         for (int row = first; row < end; row += ROWS_AT_ONCE) {
             const int count = std::min(ROWS_AT_ONCE, end - row);
             multiply_up_to<ROWS_AT_ONCE>(count, weight.block<Unit>(block, x.groups), x, row, ahead, y);
@@ -206,7 +211,7 @@ static void multiply_units(Team& team, const Packed& weight, const Rows& x, int 
 template <typename Use, typename Done>
 static void multiply_with_floats(Team& team, const Packed& weight, const Rows& x, int rows, Use use, int span, Done done) {
     const Panels panels{rows, blocks_of(weight.outputs), span, sizeof(float) * weight.inputs, FLOAT_ROWS_AT_ONCE};
-    const auto multiply_block = [&](int block, int first, int end) {
+    const auto multiply_block = [&](int block, int /*next*/, int first, int end) {
         alignas(64) float y[FLOAT_ROWS_AT_ONCE][COLUMNS];
         // Parts of about the same size: one of few rows would leave registers idle.
         const int parts = (end - first + FLOAT_ROWS_AT_ONCE - 1) / FLOAT_ROWS_AT_ONCE;

@@ -1,10 +1,13 @@
 // A team of threads that computes one phase after the other.
 //
 // The caller opens a phase and works on it; helpers join where they can. An item is taken from one word
-// (the number of the phase, and how many of its items are left) by compare-and-swap, so nobody waits for a
+// (how many are taken from the front, and how many are left) by compare-and-swap, so nobody waits for a
 // thread that holds no item: helpers that sleep, or that the machine does not run, cost nothing, and one
-// that comes late finds that its phase is over. What describes a phase is read only by who holds items of
-// it, because until these are finished the phase cannot end.
+// that comes late finds that its phase is over, or takes items of the next. What describes a phase is read
+// only by who holds items of it, because until these are finished the phase cannot end.
+//
+// The caller goes forward from the first item, helpers go backward from the last: two threads read two runs
+// of memory, which the processor reads ahead, instead of pieces of one by turns.
 //
 // Who waits looks for some microseconds, because what it waits for is near, and then sleeps: a thread that
 // kept its core would take it from those it waits for.
@@ -31,9 +34,7 @@ static inline void pause_briefly() {
 class Team {
    public:
     // With at most so many threads, the caller's among them, and as many as `cores` gives at each moment.
-    // The number of the first phase is one more than `number`; numbers go round.
-    Team(int threads, Cores cores, uint32_t number = 0)
-        : threads_(threads), cores_(cores), word_(uint64_t(number) << 2 * BITS), asleep_(new Bell[threads]) {
+    Team(int threads, Cores cores) : threads_(threads), cores_(cores), asleep_(new Bell[threads]) {
         for (int thread = 1; thread < threads; thread++) helpers_.emplace_back([this, thread] { serve(thread); });
     }
 
@@ -45,15 +46,18 @@ class Team {
 
     int threads() const { return threads_; }
 
+    // From an item to what the thread computes next, if nobody else has it by then.
+    static int step_of(int thread) { return thread == 0 ? 1 : -1; }
+
     // Calls f(item), or f(item, thread), once for each item; returns when all are done. One caller at a time.
     template <typename F>
     void share(int items, F f) {
         const int threads = std::min({cores_.begin(), threads_, items});
-        if (threads <= 1 || uint64_t(items) > LEFT) {
+        if (threads <= 1) {
             call<F>(&f, 0, items, 0);
             return;
         }
-        open({call<F>, &f, items});
+        open({call<F>, &f}, items);
         wake(threads);
         work(0, 0);
         await_finished(items);
@@ -66,34 +70,30 @@ class Team {
     struct Phase {
         void (*call)(void* work, int first, int end, int thread);
         void* work;
-        int items;
     };
 
     struct alignas(64) Bell {
         std::atomic<uint32_t> asleep{0};
     };
 
-    static constexpr int BITS = 20;  // of a count of items
-    static constexpr uint64_t LEFT = (uint64_t(1) << BITS) - 1;
+    static constexpr uint64_t LEFT = 0xffffffff;
 
     template <typename F>
     static void call(void* work, int first, int end, int thread) {
         F& f = *static_cast<F*>(work);
-        for (int item = first; item < end; item++)
+        const int step = step_of(thread);
+        for (int item = step > 0 ? first : end - 1; first <= item && item < end; item += step)
             if constexpr (std::is_invocable_v<F, int, int>) f(item, thread);
             else f(item);
     }
 
-    void open(const Phase& phase) {
+    void open(const Phase& phase, int items) {
         phase_ = phase;
         finished_.store(0, std::memory_order_relaxed);
-        const uint64_t number = (word_.load(std::memory_order_relaxed) >> 2 * BITS) + 1;
-        word_.store(number << 2 * BITS | uint64_t(phase.items), std::memory_order_seq_cst);
+        word_.store(uint64_t(items), std::memory_order_seq_cst);
     }
 
-    // Works on the open phase until no item of it is left, or the thread's core is wanted elsewhere. The caller
-    // takes items from the front, the others from the back: two threads read two runs of memory, which the
-    // processor reads ahead, instead of pieces of one by turns.
+    // Works on the open phase until no item of it is left, or the thread's core is wanted elsewhere.
     // `signs`: what `Cores::signs` was when it was last known to be free.
     void work(int thread, int64_t signs) {
         int done = 0;
@@ -101,8 +101,8 @@ class Team {
         while ((word & LEFT) != 0 && still_mine(thread, signs)) {
             // Few at a time towards the end, so that all end together.
             const int left = int(word & LEFT), count = std::max(1, left / (4 * threads_));
-            const int front = int(word >> BITS & LEFT);
-            const uint64_t next = word - count + (thread == 0 ? uint64_t(count) << BITS : 0);
+            const int front = int(word >> 32);
+            const uint64_t next = word - count + (thread == 0 ? uint64_t(count) << 32 : 0);
             if (!word_.compare_exchange_weak(word, next, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
             const int first = thread == 0 ? front : front + left - count;
             phase_.call(phase_.work, first, first + count, thread);
@@ -170,7 +170,7 @@ class Team {
     const int threads_;
     Cores cores_;
     std::atomic<bool> stopping_{false};
-    alignas(64) std::atomic<uint64_t> word_;  // phase << 2 * BITS | items taken from the front << BITS | items left
+    alignas(64) std::atomic<uint64_t> word_{0};  // items taken from the front << 32 | items left
     Phase phase_{};
     alignas(64) std::atomic<int> finished_{0};  // items of the phase
     std::unique_ptr<Bell[]> asleep_;

@@ -1,4 +1,4 @@
-"""The torch decoder with its layers compiled by torch (`--compile`).
+"""The torch decoder with each layer's halves around attention compiled by torch (`--compile`).
 
 What a token gives for itself (norms, rotation, gate, sums, on a GPU the matrix products too) is compiled
 once, for any number of tokens and all layers alike, before the worker is ready. Products with packed

@@ -1,5 +1,6 @@
 """The kernels' decoder: near float32 with 8-bit weights, and the same to the last bit however it is used."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from services.engine.device.fused_tensor import FusedTensor
 from services.engine.device.torch_runner import TorchRunner
 from services.engine.device.weights import Packing, load_weights
 from services.engine.messages import SharedCores
-from services.engine.runner import Row, Sample
+from services.engine.runner import Row, Sample, Targets
 from services.model.files import open_model
 from services.model.home import diptych_home
 from services.model.pool_geometry import PoolGeometry
@@ -164,7 +165,8 @@ def sequences(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_a_sequence_has_the_same_bits_in_every_batch_chunk_thread_and_block_size(
     sequences: Sequences, data: Any
 ) -> None:
-    """Random steps: each computes a random piece of some of the sequences, in a random order."""
+    """Random steps: each computes a random piece of some of the sequences, in a random order. Some of the
+    rows are sampled; in some steps prompt tokens are scored too."""
     block_size = data.draw(st.sampled_from([4, 8, 16]))
     runner = sequences.open(data.draw(st.sampled_from([1, 2, 5])), block_size)
     blocks = 80 // block_size
@@ -174,14 +176,17 @@ def test_a_sequence_has_the_same_bits_in_every_batch_chunk_thread_and_block_size
         open_ones = [i for i, tokens in enumerate(sequences.tokens) if done[i] < len(tokens)]
         chosen = data.draw(st.lists(st.sampled_from(open_ones), min_size=1, unique=True))
         sizes = [data.draw(st.integers(1, min(40, len(sequences.tokens[i]) - done[i]))) for i in chosen]
+        sampled = [data.draw(st.booleans()) for _ in chosen]
+        targets = data.draw(st.sampled_from([None, Targets(1, [], 0)]))
         rows = [
-            drivers[i].row(sequences.tokens[i][done[i] : done[i] + size], done[i])
-            for i, size in zip(chosen, sizes, strict=True)
+            drivers[i].row(sequences.tokens[i][done[i] : done[i] + size], done[i], GREEDY if asked else None)
+            for i, size, asked in zip(chosen, sizes, sampled, strict=True)
         ]
-        logits = runner.logits(rows)
-        for row, i in enumerate(chosen):
-            done[i] += sizes[row]
-            assert torch.equal(logits[row], sequences.alone[i][done[i] - 1])
+        logits = iter(runner.logits([replace(row, targets=targets) for row in rows]))
+        for i, size, asked in zip(chosen, sizes, sampled, strict=True):
+            done[i] += size
+            if asked:
+                assert torch.equal(next(logits), sequences.alone[i][done[i] - 1])
 
 
 @pytest.mark.parametrize("kv", ["float32", "int8"])
