@@ -208,7 +208,7 @@ def _weather(results: Results) -> Table:
 
 def heading(results: Results) -> list[str]:
     return [
-        f"session {session.number}, {session.begun_at}{', quick' if session.quick else ''}: "
+        f"start {session.number}, {session.begun_at}{', quick' if session.quick else ''}: "
         + ", ".join(f"{name} {value}" for name, value in session.machine.items())
         for session in results.sessions
     ]
