@@ -19,7 +19,7 @@ from tests.support.kernels import scores
 
 PROMPT = "The two panels of a diptych are joined by a hinge, and"
 LONG_PROMPT = [n * 7919 % 40_000 + 100 for n in range(3000)]  # its prefill takes seconds on one core
-TOKENS = 240  # for more than a second
+TOKENS = 600  # for more than a second
 KILL_AFTER = 20  # tokens
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 PENALIZED = SAMPLED | {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}

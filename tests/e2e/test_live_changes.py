@@ -20,7 +20,7 @@ from tests.support.cluster import ClusterSpec, RunningCluster
 from tests.support.completions import Answer, chunks, complete, greedy
 
 # Streams take longer than this grace: what drains must hand them over.
-CHANGING = ClusterSpec(prefill=1, decode=2, split="always", blocks=400, drain_grace_s=1.0)
+CHANGING = ClusterSpec(prefill=1, decode=2, split="always", blocks=400, drain_grace_s=0.2)
 PAUSE_S_MAX = 4.0
 
 
