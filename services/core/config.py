@@ -16,6 +16,7 @@ A section that several services share has flags of its own name: --cluster-ca is
 
 import argparse
 import difflib
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
@@ -132,7 +133,10 @@ def _table(file: Path, section: str) -> dict[str, Any]:
 
 def _convert(setting: Setting, hint: Any, secret: bool) -> object:
     try:
-        return msgspec.convert(setting.value, hint, strict=not setting.is_text, dec_hook=_to_path)
+        value = msgspec.convert(setting.value, hint, strict=not setting.is_text, dec_hook=_to_path)
+        if isinstance(value, float) and math.isnan(value):  # within any bounds, compared with them
+            raise TypeError(f"{value} is not a number")
+        return value
     except (msgspec.ValidationError, TypeError) as error:
         wanted, found = _type_name(hint), "what it is" if secret else repr(setting.value)
         raise ConfigError(f"{setting.source}: {setting.key} must be {wanted}, not {found}") from error

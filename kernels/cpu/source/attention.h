@@ -56,25 +56,28 @@ static inline void hide_unseen(int begin, int end, float* scores) {
     std::fill(scores + std::clamp(end, 0, TILE), scores + TILE, -INFINITY);
 }
 
+// What a row's scores are relative to: its largest one, once it has seen a token.
+static inline float origin_of(float top) { return top > -INFINITY ? top : 0.0f; }
+
 // The largest scores of R rows so far. shrink[LANES] gets for each row what its sums up to now are to be multiplied with.
 template <int R>
 static inline void raise_tops(const float* scores, float* top, float* shrink) {
-    float raised[LANES]{}, before[LANES]{};
+    float origin[LANES]{}, before[LANES]{};
     for (int r = 0; r < R; r++) {
         Floats largest = all(top[r]);
         for (int token = 0; token < TILE; token += WIDTH) largest = larger(load(scores + r * TILE + token), largest);
         before[r] = top[r];
         top[r] = max_of(largest);
-        raised[r] = top[r] > -INFINITY ? top[r] : 0.0f;  // a row may have seen nothing yet
+        origin[r] = origin_of(top[r]);
     }
-    for (int r = 0; r < R; r += WIDTH) store(shrink + r, exp2_of(load(before + r) - load(raised + r)));
+    for (int r = 0; r < R; r += WIDTH) store(shrink + r, exp2_of(load(before + r) - load(origin + r)));
 }
 
 // Scores become weights of the tile's values.
 template <int R, typename Tile>
 static inline void weigh(const Tile& tile, float* scores, const float* top, const float* shrink, Floats* sums) {
     for (int r = 0; r < R; r++) {
-        const float origin = top[r] > -INFINITY ? top[r] : 0.0f;
+        const float origin = origin_of(top[r]);
         for (int part = 0; part < PARTS; part++) sums[r * PARTS + part] *= shrink[r];
         for (int token = 0; token < TILE; token += WIDTH) {
             float* at = scores + r * TILE + token;

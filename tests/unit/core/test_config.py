@@ -105,6 +105,7 @@ WRONG_ENVIRONMENTS = {
     "wrong type": ("DIPTYCH_SERVICE__PORT", "tcp", ["DIPTYCH_SERVICE__PORT must be int, not 'tcp'"]),
     "wrong boolean": ("DIPTYCH_SERVICE__QUIET", "maybe", ["must be true or false, not 'maybe'"]),
     "empty number": ("DIPTYCH_SERVICE__PORT", "", ["must be int, not ''"]),
+    "no number": ("DIPTYCH_SERVICE__RATIO", "nan", ["DIPTYCH_SERVICE__RATIO must be number, not 'nan'"]),
 }
 
 
